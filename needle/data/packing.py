@@ -1,0 +1,164 @@
+"""Packing: several examples a row, attention kept inside each by segment numbers, so that little of a batch is padding.
+
+An example has a source and a target length, so this is bin packing in two dimensions. Best fit within windows of
+shuffled examples keeps the order random while padding stays at a few percent.
+"""
+
+# R rows, S source row tokens, T target row tokens, K stored teacher tokens
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from needle.data.shards import Shard
+from needle.text.tokenizer import BOS, PAD
+
+IGNORE = -100
+
+
+def pack(
+    source_lengths_N: np.ndarray, target_lengths_N: np.ndarray, *, source_row_tokens: int, target_row_tokens: int
+) -> list[list[int]]:
+    """Rows of example indices; every example that fits a row is in exactly one.
+
+    Row by row, each taking the example that fits and is most alike the room left (the dot-product rule for vector bin
+    packing, Panigrahy et al. 2011), which fills both dimensions together.
+
+    Raises:
+        ValueError: an example is longer than a row.
+    """
+    if len(source_lengths_N) == 0:
+        return []
+    shares_N2 = np.stack([source_lengths_N / source_row_tokens, target_lengths_N / target_row_tokens], axis=1)
+    if shares_N2.max() > 1:
+        worst = int(shares_N2.max(axis=1).argmax())
+        raise ValueError(
+            f"an example of {source_lengths_N[worst]} source and {target_lengths_N[worst]} target tokens does not fit a "
+            f"row of {source_row_tokens} and {target_row_tokens}"
+        )
+    rows: list[list[int]] = []
+    waiting = np.arange(len(shares_N2))
+    while len(waiting):
+        room = np.ones(2)
+        row: list[int] = []
+        shares = shares_N2[waiting]
+        while (fits := (shares <= room + 1e-9).all(axis=1)).any():
+            chosen = int(np.where(fits, shares @ room, -1.0).argmax())
+            row.append(int(waiting[chosen]))
+            room -= shares[chosen]
+            waiting, shares = np.delete(waiting, chosen), np.delete(shares, chosen, axis=0)
+        rows.append(row)
+    return rows
+
+
+def collate(
+    shard: Shard, rows: Sequence[Sequence[int]], *, source_row_tokens: int, target_row_tokens: int
+) -> dict[str, Tensor]:
+    """A batch of packed rows.
+
+    Returns:
+        source_ids_RS, source_segments_RS, decoder_ids_RT, target_segments_RT, labels_RT (-100 for padding), spans_RT, and
+        with signals teacher_ids_RTK and teacher_log_probs_RTK (nats). Segments count from 1; 0 is padding.
+    """
+    shape_S, shape_T = (len(rows), source_row_tokens), (len(rows), target_row_tokens)
+    source, source_segments = np.full(shape_S, PAD, np.int64), np.zeros(shape_S, np.int64)
+    decoder, target_segments = np.full(shape_T, PAD, np.int64), np.zeros(shape_T, np.int64)
+    labels, spans = np.full(shape_T, IGNORE, np.int64), np.zeros(shape_T, np.int64)
+    signals = shard.signals
+    if signals is not None:
+        teacher_ids = np.zeros((*shape_T, signals.ids_XK.shape[1]), np.int64)
+        teacher_log_probs = np.zeros((*shape_T, signals.ids_XK.shape[1]), np.float32)
+    for r, row in enumerate(rows):
+        s = t = 0
+        for segment, index in enumerate(row, 1):
+            source_slice = slice(*shard.source_offsets[index : index + 2])
+            target_slice = slice(*shard.target_offsets[index : index + 2])
+            tokens, answer = shard.source[source_slice], shard.target[target_slice]
+            s_end, t_end = s + len(tokens), t + len(answer)
+            source[r, s:s_end], source_segments[r, s:s_end] = tokens, segment
+            decoder[r, t], decoder[r, t + 1 : t_end] = BOS, answer[:-1]
+            labels[r, t:t_end], target_segments[r, t:t_end] = answer, segment
+            spans[r, t:t_end] = shard.spans[target_slice]
+            if signals is not None:
+                teacher_ids[r, t:t_end] = signals.ids_XK[target_slice]
+                teacher_log_probs[r, t:t_end] = signals.log_probs_XK[target_slice]
+            s, t = s_end, t_end
+    batch = {
+        "source_ids_RS": source,
+        "source_segments_RS": source_segments,
+        "decoder_ids_RT": decoder,
+        "target_segments_RT": target_segments,
+        "labels_RT": labels,
+        "spans_RT": spans,
+    }
+    if signals is not None:
+        batch |= {"teacher_ids_RTK": teacher_ids, "teacher_log_probs_RTK": teacher_log_probs}
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class PackedBatches:
+    """An endless, seeded stream of packed batches that can continue where it was.
+
+    Epoch e is a permutation of the examples that depends on (seed, e) only, packed window by window; a stream restored
+    from `state_dict()` yields exactly the batches that the interrupted one would have.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        rows_per_batch: int,
+        source_row_tokens: int,
+        target_row_tokens: int,
+        window_examples: int,
+        seed: int,
+    ):
+        if len(shard) == 0:
+            raise ValueError("a shard without examples gives no batches")
+        self.shard, self.rows_per_batch, self.window_examples, self.seed = shard, rows_per_batch, window_examples, seed
+        self.shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
+        self.batches_given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches_given": self.batches_given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches_given = int(state["batches_given"])
+
+    def rows_of_epoch(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        order_N = rng.permutation(len(self.shard))
+        source_N, target_N = self.shard.source_lengths_N, self.shard.target_lengths_N
+        rows: list[list[int]] = []
+        for start in range(0, len(order_N), self.window_examples):
+            window = order_N[start : start + self.window_examples]
+            packed = pack(source_N[window], target_N[window], **self.shape)
+            rows += [[int(window[i]) for i in packed[j]] for j in rng.permutation(len(packed))]
+        return rows
+
+    def __iter__(self):
+        skip, epoch = self.batches_given, 0
+        carried: list[list[int]] = []
+        while True:
+            rows = carried + self.rows_of_epoch(epoch)
+            whole = len(rows) // self.rows_per_batch
+            for b in range(min(skip, whole), whole):
+                self.batches_given += 1
+                yield collate(self.shard, rows[b * self.rows_per_batch : (b + 1) * self.rows_per_batch], **self.shape)
+            skip -= min(skip, whole)
+            carried = rows[whole * self.rows_per_batch :]
+            epoch += 1
+
+
+def padding_frac(rows: Sequence[Sequence[int]], shard: Shard, *, source_row_tokens: int, target_row_tokens: int) -> dict[str, float]:
+    """Share of slots that hold no token: of source rows, of target rows, and of both together."""
+    packed = [index for row in rows for index in row]
+    used_S, used_T = int(shard.source_lengths_N[packed].sum()), int(shard.target_lengths_N[packed].sum())
+    slots_S, slots_T = len(rows) * source_row_tokens, len(rows) * target_row_tokens
+    return {
+        "source": 1 - used_S / slots_S,
+        "target": 1 - used_T / slots_T,
+        "all": 1 - (used_S + used_T) / (slots_S + slots_T),
+    }

@@ -1,0 +1,449 @@
+"""The Simple Attention Network: an encoder-decoder of attention layers only, as a transformers model.
+
+Grouped-query attention with rotary positions and QK-norm, zero-centred RMSNorm, gated residuals, one tied embedding, and
+(switchable) a copy head that mixes the vocabulary's distribution with one over the source tokens. With
+`ffn_width > 0` every layer gets a SwiGLU feed-forward part, for ablation. Sizes: conf/student/.
+
+Cost: base (26.2M) trains at about 7 x parameters FLOPs a token; see `python -m needle.bench`.
+"""
+
+# B batch, S source tokens, T target tokens, H query heads, G key/value heads, E head width, D model width,
+# C copy width, V vocabulary
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from needle.text.tokenizer import BOS, EOS, PAD
+
+NORM_EPSILON = 1e-6
+LOG_FLOOR = 1e-30
+
+
+class SANConfig(PreTrainedConfig):
+    """What `config.json` holds. Built from conf/student by `SimpleAttentionNetwork`, which has no defaults."""
+
+    model_type = "needle_san"
+
+    def __init__(
+        self,
+        vocab_size: int = 8192,
+        width: int = 512,
+        heads: int = 8,
+        kv_heads: int = 4,
+        encoder_layers: int = 12,
+        decoder_layers: int = 8,
+        ffn_width: int = 0,
+        rope_theta: float = 10000.0,
+        gated: bool = True,
+        qk_norm: bool = True,
+        sandwich_norm: bool = False,
+        copy: bool = True,
+        copy_width: int = 128,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.width = width
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.encoder_layers = encoder_layers
+        self.decoder_layers = decoder_layers
+        self.ffn_width = ffn_width
+        self.rope_theta = rope_theta
+        self.gated = gated
+        self.qk_norm = qk_norm
+        self.sandwich_norm = sandwich_norm
+        self.copy = copy
+        self.copy_width = copy_width
+        # Names that transformers' cache and generation code look for.
+        self.hidden_size = width
+        self.num_hidden_layers = decoder_layers
+        kwargs = {
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": True,
+            "pad_token_id": PAD,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "decoder_start_token_id": BOS,
+            **kwargs,
+        }
+        super().__init__(**kwargs)
+
+
+@dataclass(frozen=True)
+class SimpleAttentionNetwork:
+    """A student architecture as conf/student names it; `build` needs the tokenizer's size only."""
+
+    name: str
+    width: Annotated[int, Field(ge=16)]
+    heads: Annotated[int, Field(ge=1)]
+    kv_heads: Annotated[int, Field(ge=1)]
+    encoder_layers: Annotated[int, Field(ge=1)]
+    decoder_layers: Annotated[int, Field(ge=1)]
+    ffn_width: Annotated[int, Field(ge=0)]
+    rope_theta: Annotated[float, Field(gt=0)]
+    gated: bool
+    qk_norm: bool
+    sandwich_norm: bool
+    copy: bool
+    copy_width: Annotated[int, Field(ge=8)]
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width={self.width} heads={self.heads} kv_heads={self.kv_heads}: width must divide into heads of even "
+                "width, and heads into kv_heads"
+            )
+
+    def build(self, *, vocab_size: int) -> "SANForConditionalGeneration":
+        """A freshly initialised student; seed torch before."""
+        settings = {key: value for key, value in vars(self).items() if key != "name"}
+        return SANForConditionalGeneration(SANConfig(vocab_size=vocab_size, **settings))
+
+
+class RMSNorm(nn.Module):
+    """(1 + g) * x / rms(x): zero-centred, so that weight decay pulls towards the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), 1.0 + self.weight, NORM_EPSILON)
+
+
+def rotary_angles(positions_T: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [T, E/2] (Su et al. 2021)."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width)
+    angles = positions_T.float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTE: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (angle.to(x_BHTE.dtype) for angle in angles)
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, self or cross, with QK-norm; `mask` is boolean, True where attention is allowed."""
+
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_width = config.width // config.heads
+        kv_width = self.kv_heads * self.head_width
+        self.query = nn.Linear(config.width, config.width, bias=False)
+        self.key = nn.Linear(config.width, kv_width, bias=False)
+        self.value = nn.Linear(config.width, kv_width, bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=False)
+        self.query_norm = RMSNorm(self.head_width) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_width) if config.qk_norm else nn.Identity()
+
+    def keys_values(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        batch, length, _ = x_BSD.shape
+        keys = self.key_norm(self.key(x_BSD).view(batch, length, self.kv_heads, self.head_width)).transpose(1, 2)
+        values = self.value(x_BSD).view(batch, length, self.kv_heads, self.head_width).transpose(1, 2)
+        return (rotate(keys, angles) if angles else keys), values
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        keys_BGSE: Tensor,
+        values_BGSE: Tensor,
+        mask: Tensor | None,
+        angles: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        batch, length, width = x_BTD.shape
+        queries = self.query_norm(self.query(x_BTD).view(batch, length, self.heads, self.head_width)).transpose(1, 2)
+        queries = rotate(queries, angles) if angles else queries
+        groups = self.heads // self.kv_heads
+        keys, values = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (keys_BGSE, values_BGSE))
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.output(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020); absent from the standard student."""
+
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.up = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.output = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.silu(self.gate(x)) * self.up(x))
+
+
+class Residual(nn.Module):
+    """x + sigmoid(gate) * norm?(f(norm(x))): the wrapping of every sublayer."""
+
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.width)
+        self.after = RMSNorm(config.width) if config.sandwich_norm else nn.Identity()
+        self.gate = nn.Parameter(torch.zeros(())) if config.gated else None
+
+    def add(self, x: Tensor, change: Tensor) -> Tensor:
+        change = self.after(change)
+        return x + (change if self.gate is None else torch.sigmoid(self.gate) * change)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.attention, self.attention_residual = Attention(config), Residual(config)
+        self.feed_forward = FeedForward(config) if config.ffn_width else None
+        self.feed_forward_residual = Residual(config) if config.ffn_width else None
+
+    def forward(self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor]) -> Tensor:
+        normed = self.attention_residual.norm(x)
+        keys, values = self.attention.keys_values(normed, angles)
+        x = self.attention_residual.add(x, self.attention(normed, keys, values, mask, angles))
+        if self.feed_forward is not None:
+            x = self.feed_forward_residual.add(x, self.feed_forward(self.feed_forward_residual.norm(x)))
+        return x
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: SANConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.self_attention, self.self_residual = Attention(config), Residual(config)
+        self.cross_attention, self.cross_residual = Attention(config), Residual(config)
+        self.feed_forward = FeedForward(config) if config.ffn_width else None
+        self.feed_forward_residual = Residual(config) if config.ffn_width else None
+
+    def forward(
+        self,
+        x: Tensor,
+        memory_BSD: Tensor,
+        self_mask: Tensor | None,
+        cross_mask: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        cache: EncoderDecoderCache | None,
+    ) -> Tensor:
+        normed = self.self_residual.norm(x)
+        keys, values = self.self_attention.keys_values(normed, angles)
+        if cache is not None:
+            keys, values = cache.self_attention_cache.update(keys, values, self.index)
+        x = self.self_residual.add(x, self.self_attention(normed, keys, values, self_mask, angles))
+        if cache is not None and cache.is_updated.get(self.index):
+            layer = cache.cross_attention_cache.layers[self.index]
+            keys, values = layer.keys, layer.values
+        else:
+            keys, values = self.cross_attention.keys_values(memory_BSD, None)
+            if cache is not None:
+                keys, values = cache.cross_attention_cache.update(keys, values, self.index)
+                cache.is_updated[self.index] = True
+        x = self.cross_residual.add(x, self.cross_attention(self.cross_residual.norm(x), keys, values, cross_mask, None))
+        if self.feed_forward is not None:
+            x = self.feed_forward_residual.add(x, self.feed_forward(self.feed_forward_residual.norm(x)))
+        return x
+
+
+@dataclass
+class SANEncoderOutput(BaseModelOutput):
+    """Encoder states with what the copy head reads, so that decoding steps need nothing else from the source."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    copy_keys: torch.FloatTensor | None = None
+    source_ids: torch.LongTensor | None = None
+
+
+class CopyHead(nn.Module):
+    """Pointer-generator mixture (See et al. 2017): g * p_vocabulary + (1 - g) * p_copy, in log-probabilities.
+
+    A source position's key carries the embedding of the token *before* it, so that "what followed this token in the
+    source" is found in one step instead of having to be composed by two layers.
+    """
+
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.query = nn.Linear(config.width, config.copy_width, bias=False)
+        self.state_key = nn.Linear(config.width, config.copy_width, bias=False)
+        self.previous_key = nn.Linear(config.width, config.copy_width, bias=False)
+        self.gate = nn.Linear(config.width, 1)
+        self.scale = config.copy_width**-0.5
+
+    def keys(self, memory_BSD: Tensor, embedded_BSD: Tensor, segments_BS: Tensor) -> Tensor:
+        same_example = (segments_BS[:, 1:] == segments_BS[:, :-1]).unsqueeze(-1)
+        previous = F.pad(embedded_BSD[:, :-1] * same_example, (0, 0, 1, 0))
+        return self.state_key(memory_BSD) + self.previous_key(previous)
+
+    def forward(
+        self, state_BTD: Tensor, logits_BTV: Tensor, keys_BSC: Tensor, source_ids_BS: Tensor, mask_BTS: Tensor
+    ) -> Tensor:
+        scores_BTS = (self.query(state_BTD) @ keys_BSC.transpose(1, 2)).float() * self.scale
+        attention_BTS = scores_BTS.masked_fill(~mask_BTS, -1e9).softmax(dim=-1)
+        index_BTS = source_ids_BS.unsqueeze(1).expand_as(attention_BTS)
+        copied_BTV = torch.zeros_like(logits_BTV, dtype=torch.float32).scatter_add(2, index_BTS, attention_BTS)
+        gate_BT1 = self.gate(state_BTD).float()
+        vocabulary = logits_BTV.float().log_softmax(dim=-1) + F.logsigmoid(gate_BT1)
+        # The floor keeps log finite for tokens that the source does not hold; its gradient is exactly the mixture's.
+        return torch.logaddexp(vocabulary, (copied_BTV + LOG_FLOOR).log() + F.logsigmoid(-gate_BT1))
+
+
+class SANPreTrainedModel(PreTrainedModel):
+    config_class = SANConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _supports_cache_class = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        elif isinstance(module, RMSNorm):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, Residual) and module.gate is not None:
+            nn.init.zeros_(module.gate)
+
+
+class SANEncoder(SANPreTrainedModel):
+    main_input_name = "input_ids"
+
+    def __init__(self, config: SANConfig, embedding: nn.Embedding):
+        super().__init__(config)
+        self.embedding = embedding
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = RMSNorm(config.width)
+        self.copy_head: CopyHead | None = None  # the model's, set by it, so that keys are computed once a source
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        source_segments_BS: Tensor | None = None,
+        **_: Any,
+    ) -> SANEncoderOutput:
+        segments = _segments(input_ids, attention_mask, source_segments_BS)
+        embedded = self.embedding(input_ids) * math.sqrt(self.config.width)
+        mask = _same_segment(segments, segments)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
+        x = embedded
+        for layer in self.layers:
+            x = layer(x, mask, angles)
+        x = self.norm(x)
+        keys = self.copy_head.keys(x, embedded, segments) if self.copy_head is not None else None
+        return SANEncoderOutput(last_hidden_state=x, copy_keys=keys, source_ids=input_ids)
+
+
+class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
+    """The student. Logits are log-probabilities when the copy head is on, so every loss may treat them alike."""
+
+    _tied_weights_keys = {"encoder.embedding.weight": "embedding.weight"}
+
+    def __init__(self, config: SANConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.encoder = SANEncoder(config, self.embedding)
+        self.decoder_layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
+        self.norm = RMSNorm(config.width)
+        self.copy_head = CopyHead(config) if config.copy else None
+        self._share_copy_head()
+        self.post_init()
+
+    def _share_copy_head(self) -> None:
+        # Bypasses nn.Module registration: the parameters belong to the model, the encoder only calls them.
+        object.__setattr__(self.encoder, "copy_head", self.copy_head)
+
+    def get_encoder(self, *_: Any, **__: Any) -> SANEncoder:
+        return self.encoder
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+        self.encoder.embedding = value
+
+    def get_output_embeddings(self) -> None:
+        return None  # the output projection *is* the input embedding: there is no second matrix to tie
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: SANEncoderOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        source_segments_BS: Tensor | None = None,
+        target_segments_BT: Tensor | None = None,
+        **_: Any,
+    ) -> Seq2SeqLMOutput:
+        """Logits [B, T, V] for the tokens after `decoder_input_ids`.
+
+        Args:
+            input_ids: [B, S] source tokens.
+            attention_mask: [B, S], 1 for tokens and 0 for padding; all ones if absent. Not with segments.
+            decoder_input_ids: [B, T]; with a cache, only those not fed before.
+            source_segments_BS, target_segments_BT: for packed rows, the number of the example that each token belongs
+                to (from 1; 0 is padding). Attention never leaves an example.
+            labels: [B, T], -100 ignored; gives `loss`, the mean cross-entropy in nats.
+        """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("the student needs decoder_input_ids or labels")
+            shifted = labels.new_full(labels.shape, BOS)
+            shifted[:, 1:] = labels[:, :-1].masked_fill(labels[:, :-1] == -100, PAD)
+            decoder_input_ids = shifted
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask, source_segments_BS)
+        memory = encoder_outputs.last_hidden_state
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        source_segments = _segments(encoder_outputs.source_ids, attention_mask, source_segments_BS)
+        length = decoder_input_ids.shape[1]
+        if target_segments_BT is None:
+            target_segments = source_segments.new_ones(decoder_input_ids.shape)
+        else:
+            target_segments = target_segments_BT
+        positions = torch.arange(past, past + length, device=memory.device)
+        causal = positions[:, None] >= torch.arange(past + length, device=memory.device)
+        self_mask = causal[None, None] if target_segments_BT is None else causal & _same_segment(target_segments, target_segments)
+        cross_mask = _same_segment(target_segments, source_segments)
+
+        angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
+        x = self.embedding(decoder_input_ids) * math.sqrt(self.config.width)
+        for layer in self.decoder_layers:
+            x = layer(x, memory, self_mask, cross_mask, angles, past_key_values)
+        x = self.norm(x)
+        logits = F.linear(x, self.embedding.weight)
+        if self.copy_head is not None:
+            logits = self.copy_head(x, logits, encoder_outputs.copy_keys, encoder_outputs.source_ids, cross_mask.squeeze(1))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100)
+        return Seq2SeqLMOutput(
+            loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=memory
+        )
+
+
+def _segments(ids_BS: Tensor, attention_mask: Tensor | None, segments_BS: Tensor | None) -> Tensor:
+    if segments_BS is not None:
+        return segments_BS
+    return torch.ones_like(ids_BS) if attention_mask is None else attention_mask.to(ids_BS.dtype)
+
+
+def _same_segment(queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
+    """[B, 1, T, S]: True within one example. Padding queries see everything, since a row without any key is NaN."""
+    same = queries_BT[:, :, None] == keys_BS[:, None, :]
+    return (same | (queries_BT == 0)[:, :, None]).unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Examples as text and text as tokens."""
