@@ -1,0 +1,102 @@
+# Needle's pipeline, a target for each stage. Variables:
+#   ARGS="loss=forward_kl seed=1"   settings for the stage (Hydra overrides)
+#   PYTHON=python3.12               interpreter of a new .venv, 3.11 or newer
+#   TORCH_INDEX=URL                 index that holds another torch build, for a new .venv
+#   PYTEST_ARGS="-x tests/loss"     what `make test` passes to pytest
+
+PYTHON ?= python3
+ARGS ?=
+TORCH_INDEX ?=
+# Two workers with one thread each: more threads contend for the same cores and are slower.
+PYTEST_ARGS ?= -n 2 --dist worksteal
+# A folder of local wheels, used where it exists; `WHEELS=` switches it off.
+WHEELS ?= $(wildcard /opt/wheels)
+
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+UNFINISHED := .venv/.setup-unfinished
+UV_VERSION = $(shell sed -n 's/^uv==//p' requirements.lock)
+UV_FLAGS = $(if $(WHEELS),--find-links $(WHEELS)) \
+	$(if $(TORCH_INDEX),--index $(TORCH_INDEX) --index-strategy unsafe-best-match)
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup generate prepare teacher signals train score report demo test lint types bench lock clean
+
+help: ## List the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Create .venv and install requirements.lock (nothing to do when it is up to date)
+
+# The stamp comes last, and an environment whose installation was cut short is built again from nothing: a package
+# that is half on disk looks installed to the installer.
+$(STAMP): requirements.lock pyproject.toml
+	@if test -e $(UNFINISHED) || ! $(BIN)/python -c '$(IS_NEW_ENOUGH)' 2>/dev/null \
+		|| ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(PYTHON) -c '$(IS_NEW_ENOUGH)' 2>/dev/null || { \
+			echo "setup: PYTHON=$(PYTHON) is not Python 3.11 or newer; name one: make setup PYTHON=python3.11" >&2; \
+			exit 1; }; \
+		echo "setup: creating .venv" && $(PYTHON) -m venv --clear .venv; \
+	fi
+	@touch $(UNFINISHED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@rm -f $(UNFINISHED)
+	@touch $@
+
+generate: setup ## Collect, check and split the teacher's examples
+	$(BIN)/python -m needle.generate $(ARGS)
+
+prepare: setup ## Turn the examples into the tokenizer and packed training data
+	$(BIN)/python -m needle.prepare $(ARGS)
+
+teacher: setup ## Train the white-box teacher, whose distributions can be read
+	$(BIN)/python -m needle.train experiment=teacher $(ARGS)
+
+signals: setup ## Store the teacher's distributions over the training data
+	$(BIN)/python -m needle.signals $(ARGS)
+
+train: setup ## Train a student
+	$(BIN)/python -m needle.train $(ARGS)
+
+score: setup ## Score a trained student: make score ARGS=run=runs/train/NAME
+	$(BIN)/python -m needle.score $(ARGS)
+
+report: setup ## Compare scored runs in tables and figures
+	$(BIN)/python -m needle.report $(ARGS)
+
+demo: setup ## Run the whole pipeline small: two losses, scored and compared
+	$(BIN)/python -m needle.generate
+	$(BIN)/python -m needle.prepare experiment=demo
+	$(BIN)/python -m needle.signals experiment=demo
+	$(BIN)/python -m needle.train --multirun experiment=demo loss=hard_label,forward_kl
+	$(BIN)/python -m needle.score
+	$(BIN)/python -m needle.report
+
+test: setup ## Run the linter and every test
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## Check types
+	$(BIN)/pyright
+
+bench: setup ## Measure training and decoding speed on this machine
+	$(BIN)/python -m needle.bench $(ARGS)
+
+# The lock names no build, host or accelerator package: each machine takes the torch build that suits it.
+lock: setup ## Resolve requirements.lock again, keeping its versions (newest: ARGS=--upgrade)
+	@cp requirements.lock .lock.part
+	$(BIN)/uv pip compile --quiet --no-annotate --no-header --extra dev $(ARGS) $(UV_FLAGS) \
+		--no-emit-find-links --no-emit-index-url -o .lock.part pyproject.toml
+	@{ sed -n '/^#/p' requirements.lock; \
+		sed -E '/^(nvidia|cuda|triton)/d; /^(#|$$|--)/d; s/\+[a-z0-9.]+$$//' .lock.part; } > .lock.new
+	@rm .lock.part && mv .lock.new requirements.lock
+
+clean: ## Remove caches; the environment, artifacts/ and runs/ stay
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info .lock.part .lock.new
+	find needle tests -name __pycache__ -type d -prune -exec rm -rf {} +
