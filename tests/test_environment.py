@@ -5,7 +5,7 @@ import importlib.metadata
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ def imported_modules(files: Iterable[Path]) -> dict[str, set[Path]]:
     return found
 
 
-def undeclared(files: Iterable[Path], declared: set[str], ours: set[str]) -> dict[str, set[Path]]:
+def undeclared(files: Iterable[Path], declared: Set[str], ours: Set[str]) -> dict[str, set[Path]]:
     """Imported modules that no declared distribution provides, and the files that import them."""
     providers = importlib.metadata.packages_distributions()
     return {
