@@ -101,8 +101,8 @@ def collate(
 class PackedBatches:
     """An endless, seeded stream of packed batches that can continue where it was.
 
-    Epoch e is a permutation of the examples that depends on (seed, e) only, packed window by window; a stream restored
-    from `state_dict()` yields exactly the batches that the interrupted one would have.
+    Epoch e is a permutation of the examples that depends on (seed, e) only, packed window by window; a stream that
+    starts at batch n yields exactly what one from the beginning yields after n batches.
     """
 
     def __init__(
@@ -119,13 +119,16 @@ class PackedBatches:
             raise ValueError("a shard without examples gives no batches")
         self.shard, self.rows_per_batch, self.window_examples, self.seed = shard, rows_per_batch, window_examples, seed
         self.shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
-        self.batches_given = 0
+        self.rank, self.ranks = 0, 1
+        self.first_batch = 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"batches_given": self.batches_given}
+    def share(self, *, rank: int, ranks: int) -> None:
+        """Gives this process the rows rank, rank + ranks, ... of every batch: together the ranks see one batch."""
+        self.rank, self.ranks = rank, ranks
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.batches_given = int(state["batches_given"])
+    def start_at(self, batch: int) -> None:
+        """Makes the next iteration begin with batch number `batch`, counted from 0."""
+        self.first_batch = batch
 
     def rows_of_epoch(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng([self.seed, epoch])
@@ -139,14 +142,14 @@ class PackedBatches:
         return rows
 
     def __iter__(self):
-        skip, epoch = self.batches_given, 0
+        skip, epoch = self.first_batch, 0
         carried: list[list[int]] = []
         while True:
             rows = carried + self.rows_of_epoch(epoch)
             whole = len(rows) // self.rows_per_batch
             for b in range(min(skip, whole), whole):
-                self.batches_given += 1
-                yield collate(self.shard, rows[b * self.rows_per_batch : (b + 1) * self.rows_per_batch], **self.shape)
+                batch = rows[b * self.rows_per_batch : (b + 1) * self.rows_per_batch]
+                yield collate(self.shard, batch[self.rank :: self.ranks], **self.shape)
             skip -= min(skip, whole)
             carried = rows[whole * self.rows_per_batch :]
             epoch += 1

@@ -1,0 +1,62 @@
+"""Training checkpoints that are either whole or not there."""
+
+import errno
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from needle.errors import DataError, UserError
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes beside the target, flushes to the disk, then renames: a kill or a full disk leaves the older checkpoint whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        try:
+            with partial.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+            partial.unlink(missing_ok=True)
+            free_mib = shutil.disk_usage(path.parent).free / 2**20
+            full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full" if full else str(error)
+            older = newest_checkpoint(path.parent, required=False)
+            rest = f"the last whole checkpoint is {older}" if older else "there is no older checkpoint"
+            raise UserError(
+                f"cannot write checkpoint {path}: {why} ({free_mib:.0f} MiB free); {rest}. "
+                f"Free some space, then continue with resume={path.parent.parent}"
+            ) from error
+
+
+def step_of(path: Path) -> int:
+    found = re.search(r"step=(\d+)", path.name)
+    return int(found.group(1)) if found else -1
+
+
+def newest_checkpoint(folder: Path, *, required: bool = True) -> Path | None:
+    """The whole checkpoint with the highest step; damaged ones are passed over with a note on standard error.
+
+    Raises:
+        DataError: there is none and `required`.
+    """
+    for path in sorted(Path(folder).glob("*.ckpt"), key=step_of, reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return path
+        except Exception as error:  # a cut zip, a wrong magic number, a short read: each its own exception
+            print(f"passing over damaged checkpoint {path}: {error}", file=sys.stderr)
+    if required:
+        raise DataError(f"no usable checkpoint in {folder}: the run cannot be continued, start it anew")
+    return None

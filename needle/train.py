@@ -1,0 +1,312 @@
+"""Trains one student on prepared shards, from one teacher, with one loss and one weighting.
+
+    python -m needle.train student=san_nano loss=forward_kl teacher=checkpoint data=demo seed=1
+    python -m needle.train --multirun loss=hard_label,forward_kl seed=0,1,2 teacher=checkpoint
+    python -m needle.train resume=runs/train/NAME
+
+Ends with runs/train/NAME/model/ (safetensors). Ctrl-C finishes the step, writes a checkpoint and says how to go on; after a
+kill the last checkpoint is continued and the trace of losses is the one that the uninterrupted run would have had.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytorch_lightning as pl
+import torch
+from pydantic import Field
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from needle import artifacts, config
+from needle.checkpoints import AtomicCheckpoints, newest_checkpoint, step_of
+from needle.data.datamodule import PackedData
+from needle.data.settings import DataSettings
+from needle.data.shards import Shard
+from needle.decode import Decoder
+from needle.distil import Distillation, TrainerSettings
+from needle.errors import ConfigError, DataError
+from needle.loss.base import Loss
+from needle.loss.weighting import SpanWeighting
+from needle.optim import OptimSettings
+from needle.prepare import shards_folder
+from needle.progress import Progress
+from needle.runs import Paths, Run, claim, reopen
+from needle.schema import canonical_json, read_examples
+from needle.student import SANForConditionalGeneration, SimpleAttentionNetwork, load, save
+from needle.teacher.base import Teacher, check_legal
+from needle.text.tokenizer import TextCodec
+from needle.tracking import Tracking
+
+
+def legal(*, teacher: Teacher, loss: Loss, **_: Any) -> None:
+    """The teacher x loss rule, checked while the configuration is composed."""
+    names = {"loss_name": type(loss).__name__, "teacher_name": type(teacher).__name__}
+    check_legal(needs=loss.needs, capabilities=teacher.capabilities, **names)
+    stored = getattr(teacher, "temperature", None)
+    if "top_k" in loss.needs and stored != getattr(loss, "temperature", stored):
+        raise ConfigError(
+            f"loss.temperature={loss.temperature}: the teacher's distributions are stored at temperature {stored}; "
+            f"set teacher.temperature={loss.temperature} and run needle.signals again"
+        )
+
+
+@config.stage("train")
+@config.cross_check(legal)
+def main(
+    cfg: dict[str, Any],
+    *,
+    name: str,
+    teacher: Teacher,
+    data: DataSettings,
+    student: SimpleAttentionNetwork,
+    loss: Loss,
+    weighting: SpanWeighting,
+    optim: OptimSettings,
+    trainer: TrainerSettings,
+    logger: Tracking,
+    paths: Paths,
+    initial: Path | None,
+    resume: Path | None,
+    samples: Annotated[int, Field(ge=0)],
+    seed: Annotated[int, Field(ge=0)],
+) -> None:
+    if resume is not None:
+        run = reopen(resume)
+        settings = {key: config.build(value) for key, value in run.config.items() if not key.startswith("_")}
+        _train(run.config, run=run, checkpoint=newest_checkpoint(run.folder / "checkpoints"), **settings)
+        return
+    _train(
+        cfg,
+        run=None,
+        checkpoint=None,
+        **dict(name=name, teacher=teacher, data=data, student=student, loss=loss, weighting=weighting, optim=optim),
+        **dict(trainer=trainer, logger=logger, paths=paths, initial=initial, resume=None, samples=samples, seed=seed),
+    )
+
+
+def _train(
+    cfg: dict[str, Any],
+    *,
+    run: Run | None,
+    checkpoint: Path | None,
+    name: str,
+    teacher: Any,
+    data: DataSettings,
+    student: SimpleAttentionNetwork,
+    loss: Any,
+    weighting: SpanWeighting,
+    optim: OptimSettings,
+    trainer: TrainerSettings,
+    logger: Tracking,
+    paths: Paths,
+    initial: Path | None,
+    resume: Path | None,
+    samples: int,
+    seed: int,
+) -> None:
+    shards = shards_folder(paths, data)
+    artifacts.require(shards, kind="shards", command="python -m needle.prepare " + config.as_overrides(cfg, "data"))
+    inputs = {"shards": shards.name}
+    signals = None
+    if "top_k" in loss.needs:
+        signals = teacher.signals_folder(paths.artifacts, shards)
+        command = f"python -m needle.signals {config.as_overrides(cfg, 'data', 'teacher')}"
+        artifacts.require(signals, kind="signals", command=command)
+        inputs["signals"] = signals.name
+
+    torch.set_flush_denormal(True)
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    pl.seed_everything(seed, verbose=False)
+    model, codec = _initial_student(initial, student, shards)
+    if initial is not None:
+        inputs["initial"] = artifacts.hash_file(Path(initial) / "model.safetensors")
+    if run is None:
+        run = claim(paths.runs, stage="train", name=name, cfg=cfg, inputs=inputs)
+        save(model, codec, run.folder / "initial")
+    with run:
+        run.note(shards=str(shards), parameters=sum(p.numel() for p in model.parameters()))
+        packed = PackedData(
+            train=Shard.open(shards / "train", signals and signals / "train"),
+            validation=Shard.open(shards / "validation", signals and signals / "validation"),
+            rows_per_batch=trainer.rows_per_batch,
+            source_row_tokens=data.packing.source_row_tokens,
+            target_row_tokens=data.packing.target_row_tokens,
+            window_examples=data.packing.window_examples,
+            seed=seed,
+        )
+        module = Distillation(
+            student=model, loss=loss, weighting=weighting, optim=optim, settings=trainer, run=run
+        )
+        stopped = _fit(module, packed, cfg, checkpoint=checkpoint, logger=logger, run=run)
+        if stopped:
+            print(f"stopped at step {module.global_step}; continue with: python -m needle.train resume={run.folder}")
+            run.finish("interrupted")
+            raise SystemExit(130)
+        save(model, codec, run.folder / "model")
+        if samples:
+            _sample_answers(model, codec, shards, samples, logger, run)
+        logger.close(0)
+        run.finish("finished")
+    print(f"run: {run.folder}")
+
+
+def _initial_student(
+    initial: Path | None, student: SimpleAttentionNetwork, shards: Path
+) -> tuple[SANForConditionalGeneration, TextCodec]:
+    codec = TextCodec.load(shards)
+    if initial is None:
+        return student.build(vocab_size=codec.vocab_size).train(), codec
+    model, its_codec = load(Path(initial))
+    if artifacts.hash_file(Path(initial) / "tokenizer.json") != artifacts.hash_file(shards / "tokenizer.json"):
+        raise DataError(
+            f"initial={initial} was trained with another tokenizer than {shards}; prepare with data.text.tokenizer={initial}"
+        )
+    wanted = student.build(vocab_size=codec.vocab_size).config.to_diff_dict()
+    differing = [key for key, value in wanted.items() if key in vars(student) and getattr(model.config, key) != value]
+    if differing:
+        key = differing[0]
+        raise DataError(
+            f"initial={initial} has {key}={getattr(model.config, key)}, student.{key} is {wanted[key]}: they must agree"
+        )
+    return model.train(), its_codec
+
+
+def _fit(
+    module: Distillation, data: PackedData, cfg: dict[str, Any], *, checkpoint: Path | None, logger: Tracking, run: Run
+) -> bool:
+    """Trains to the end or to a Ctrl-C; returns whether it was stopped."""
+    settings = module.settings
+    stop = StopAtSignal()
+    keep = ModelCheckpoint(
+        dirpath=run.folder / "checkpoints",
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=settings.checkpoint_every_steps,
+        save_top_k=-1,
+        save_on_train_epoch_end=False,
+    )
+    runner = pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        val_check_interval=settings.validate_every_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=logger.open(run, cfg),
+        callbacks=[keep, TwoNewest(), stop, Report()],
+        plugins=[AtomicCheckpoints()],
+        default_root_dir=run.folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=settings.log_every_steps,
+    )
+    if checkpoint is not None:
+        step = step_of(checkpoint)
+        data.stream.start_at(step)
+        run.truncate_history(after_step=step)
+    with stop.listening():
+        runner.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if not stop.requested and settings.steps % settings.validate_every_steps:
+        runner.validate(module, datamodule=data, verbose=False)
+    seconds = module.seconds()
+    run.note(
+        steps=module.steps_done,
+        tokens=module.tokens_seen,
+        train_seconds=round(seconds, 1),
+        tokens_per_s=round(module.tokens_seen / max(seconds, 1e-9), 1),
+    )
+    return stop.requested and module.steps_done < settings.steps
+
+
+def _sample_answers(
+    model: SANForConditionalGeneration, codec: TextCodec, shards: Path, count: int, logger: Tracking, run: Run
+) -> None:
+    """A table of validation requests with the student's answers, in the run folder and in W&B."""
+    examples, _ = read_examples(shards / "validation.jsonl")
+    # Spread over the file, which is ordered by domain.
+    chosen = examples[:: max(1, len(examples) // count)][:count]
+    decoder = Decoder(model.eval(), codec, constrained=True, max_new_tokens=256, max_calls=8)
+    answers = decoder.decode([(example.query, example.tools) for example in chosen])
+    columns = ("request", "tools", "gold", "answer", "confidence")
+    rows = [
+        (
+            example.query,
+            ", ".join(tool.name for tool in example.tools),
+            canonical_json([asdict(call) for call in example.calls]),
+            answer.error or canonical_json([asdict(call) for call in answer.calls]),
+            round(answer.confidence, 4),
+        )
+        for example, answer in zip(chosen, answers, strict=True)
+    ]
+    artifacts.write_json_atomic(run.folder / "samples.json", [dict(zip(columns, row, strict=True)) for row in rows])
+    logger.table("samples", columns, rows)
+
+
+class TwoNewest(Callback):
+    """Keeps the newest checkpoint and the one before, in case the newest is damaged by what stopped the run."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Distillation, *_: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step % module.settings.checkpoint_every_steps == 0:
+            found = sorted((module.run.folder / "checkpoints").glob("*.ckpt"), key=step_of)
+            for path in found[:-2]:
+                path.unlink(missing_ok=True)
+
+
+class StopAtSignal(Callback):
+    """Ctrl-C or SIGTERM lets the step finish, writes a checkpoint and ends the training; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._note) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("finishing the step and writing a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Distillation, *_: Any) -> None:
+        if self.requested and not trainer.should_stop:
+            trainer.save_checkpoint(module.run.folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
+            trainer.should_stop = True
+
+
+class Report(Callback):
+    """Progress with ETA, and the clock that history and checkpoints read."""
+
+    def on_train_start(self, trainer: pl.Trainer, module: Distillation) -> None:
+        started = time.monotonic()
+        module.seconds = lambda: module.seconds_before + time.monotonic() - started
+        self._progress = Progress("trains").__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Distillation, *_: Any) -> None:
+        module.steps_done = trainer.global_step
+        if trainer.is_global_zero and trainer.global_step % module.settings.log_every_steps == 0:
+            note = f"loss {module.last_loss_nats:.3f} nats, {module.tokens_seen / module.seconds():,.0f} tokens/s"
+            self._progress.update(trainer.global_step, module.settings.steps, note)
+
+    def on_train_end(self, trainer: pl.Trainer, module: Distillation) -> None:
+        self._progress.__exit__(None, None, None)
+
+
+if __name__ == "__main__":
+    main()
