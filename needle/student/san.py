@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from needle.text.tokenizer import BOS, EOS, PAD
 
 NORM_EPSILON = 1e-6
-LOG_FLOOR = 1e-30
+PROBABILITY_FLOOR = 1e-30  # keeps the logarithm finite where float32 probabilities underflow
 
 
 class SANConfig(PreTrainedConfig):
@@ -261,7 +261,7 @@ class SANEncoderOutput(BaseModelOutput):
 
 
 class CopyHead(nn.Module):
-    """Pointer-generator mixture (See et al. 2017): g * p_vocabulary + (1 - g) * p_copy, in log-probabilities.
+    """Pointer-generator mixture (See et al. 2017): log(g * p_vocabulary + (1 - g) * p_copy).
 
     A source position's key carries the embedding of the token *before* it, so that "what followed this token in the
     source" is found in one step instead of having to be composed by two layers.
@@ -285,12 +285,11 @@ class CopyHead(nn.Module):
     ) -> Tensor:
         scores_BTS = (self.query(state_BTD) @ keys_BSC.transpose(1, 2)).float() * self.scale
         attention_BTS = scores_BTS.masked_fill(~mask_BTS, -1e9).softmax(dim=-1)
+        gate_BT1 = torch.sigmoid(self.gate(state_BTD).float())
         index_BTS = source_ids_BS.unsqueeze(1).expand_as(attention_BTS)
-        copied_BTV = torch.zeros_like(logits_BTV, dtype=torch.float32).scatter_add(2, index_BTS, attention_BTS)
-        gate_BT1 = self.gate(state_BTD).float()
-        vocabulary = logits_BTV.float().log_softmax(dim=-1) + F.logsigmoid(gate_BT1)
-        # The floor keeps log finite for tokens that the source does not hold; its gradient is exactly the mixture's.
-        return torch.logaddexp(vocabulary, (copied_BTV + LOG_FLOOR).log() + F.logsigmoid(-gate_BT1))
+        mixture_BTV = gate_BT1 * logits_BTV.float().softmax(dim=-1)
+        mixture_BTV = mixture_BTV.scatter_add(2, index_BTS, (1 - gate_BT1) * attention_BTS)
+        return (mixture_BTV + PROBABILITY_FLOOR).log()
 
 
 class SANPreTrainedModel(PreTrainedModel):
