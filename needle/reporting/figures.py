@@ -1,0 +1,252 @@
+"""The report's figures as PNG bytes, the same for the same inputs. Colours after Okabe & Ito 2008, told apart without
+colour vision; beyond eight settings line styles and hatches tell them apart."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
+
+from needle.reporting.collect import ScoredRun, Setting
+from needle.reporting.compare import Row
+from needle.reporting.tables import title
+from needle.schema import KINDS
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
+LINES = ("-", "--", ":")
+HATCHES = ("", "//", "..")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SPANS = ("structure", "name", "key", "value", "stop")
+FORCED = "val/call_forced_exact_frac"
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "savefig.dpi": 140,
+}
+
+
+def draw(settings: Sequence[Setting], rows: Sequence[Row], *, suite: str, confidence_frac: float) -> dict[str, bytes]:
+    """File name -> PNG. A figure with nothing to show is left out.
+
+    Args:
+        rows: of the headline metric, one a setting.
+    """
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "differences.png": lambda: differences(rows, confidence_frac=confidence_frac),
+        "learning_curves.png": lambda: learning_curves(settings),
+        "by_kind.png": lambda: by_kind(settings, metric=rows[0].metric, suite=suite),
+        "size.png": lambda: size_and_quality(rows, suite=suite),
+    }
+    drawn = {}
+    with mpl.rc_context(_STYLE):
+        for name, build in figures.items():
+            figure = build()
+            if figure is not None:
+                drawn[name] = _png(figure)
+    return drawn
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def name_of(setting: Setting) -> str:
+    return setting.label if setting.is_clean else f"{setting.label} (dirty)"
+
+
+def learning_curves(settings: Sequence[Setting]) -> Figure | None:
+    """A panel a span: the training loss of each setting's seeds (thin) and their mean (bold) against tokens seen."""
+    panels = [(f"train/loss_{span}_nats", f"{span} tokens", "nats a token") for span in SPANS]
+    panels.append((FORCED, "validation, teacher-forced", "whole answers right, %"))
+    panels = [panel for panel in panels if any(_curve(run, panel[0])[0].size for s in settings for run in s.runs)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = _figure(3.7 * columns, 2.9 * lines + 0.5 + 0.22 * len(settings))
+    handles: dict[str, Any] = {}
+    for index, (key, name, unit) in enumerate(panels):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        for number, setting in enumerate(settings):
+            handle = _draw_curves(axes, setting, key, number)
+            if handle is not None:
+                handles[name_of(setting)] = handle
+        axes.set(title=name, ylabel=unit, xlabel="tokens seen in training", xlim=(0, None))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if key == FORCED:
+            axes.set_ylim(0, None)
+        else:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain_number)
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.suptitle("Training loss by span", x=0.01, ha="left", weight="bold", fontsize=13)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=1 if len(settings) > 3 else 2)
+    return figure
+
+
+def _plain_number(value: float, _: Any) -> str:
+    return f"{value:g}"
+
+
+def _draw_curves(axes: Any, setting: Setting, key: str, number: int) -> Any:
+    style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+    scale = 100.0 if key == FORCED else 1.0
+    curves = [(tokens, scale * values) for tokens, values in (_curve(run, key) for run in setting.runs) if tokens.size]
+    if not curves:
+        return None
+    for tokens, values in curves:
+        axes.plot(tokens, values, linewidth=0.8, alpha=0.45 if len(curves) > 1 else 0.0, **style)
+    start, end = max(tokens[0] for tokens, _ in curves), min(tokens[-1] for tokens, _ in curves)
+    grid = np.array([at for at in curves[0][0] if start <= at <= end])
+    if not grid.size:  # seeds that share no stretch have no mean
+        return None
+    mean = np.mean([np.interp(grid, tokens, values) for tokens, values in curves], axis=0)
+    marker = "o" if grid.size == 1 else None
+    return axes.plot(grid, mean, linewidth=2.0, marker=marker, **style)[0]
+
+
+def _curve(run: ScoredRun, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens seen and the value there, training losses as a running mean over a twentieth of the points."""
+    points = [(line["tokens"], line[key]) for line in run.history if line.get(key) is not None and "tokens" in line]
+    tokens, values = (np.array([point[side] for point in points], dtype=float) for side in (0, 1))
+    half = len(values) // 40 if key.startswith("train/") else 0
+    if half:
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        low = np.maximum(np.arange(len(values)) - half, 0)
+        high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+        values = (total[high] - total[low]) / (high - low)
+    return tokens, values
+
+
+def by_kind(settings: Sequence[Setting], *, metric: str, suite: str) -> Figure | None:
+    """A group a kind of request: a bar a setting (mean), a dot a seed, a black line at the score before training."""
+    groups = [kind for kind in KINDS if _of_kind(settings[0].runs[0].score, kind, metric) is not None]
+    if not groups:
+        return None
+    groups = ["all", *groups]
+    width = 0.84 / len(settings)
+    figure = _figure(max(7.5, 1.0 * len(groups) + 0.22 * len(groups) * len(settings)), 4.0 + 0.22 * len(settings))
+    axes = figure.add_subplot()
+    marked = False
+    for number, setting in enumerate(settings):
+        at = np.arange(len(groups)) + (number - (len(settings) - 1) / 2) * width
+        values_SG = np.array([[_percent(run.score, kind, metric) for kind in groups] for run in setting.runs])
+        colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number // len(COLOURS) % len(HATCHES)]
+        axes.bar(at, _mean(values_SG), width * 0.92, color=colour, hatch=hatch, label=name_of(setting), zorder=2)
+        if len(setting.runs) > 1:
+            for values in values_SG:
+                axes.plot(at, values, "o", color="white", markeredgecolor="#333333", markersize=3.2, zorder=3)
+        before = [run.initial for run in setting.runs if run.initial is not None]
+        if before:
+            initial = _mean(np.array([[_percent(score, kind, metric) for kind in groups] for score in before]))
+            label = None if marked else "before training"
+            marked = True
+            # White under black: visible on every bar.
+            axes.hlines(initial, at - width * 0.46, at + width * 0.46, color="white", linewidth=4, zorder=4)
+            axes.hlines(
+                initial, at - width * 0.46, at + width * 0.46, color="black", linewidth=2, label=label, zorder=5
+            )
+    first = settings[0].runs[0].score
+    counts = [first["n"], *(first["by_kind"][kind]["n"] for kind in groups[1:])]
+    names = [f"{kind.replace('_', ' ')}\nn={n}" for kind, n in zip(groups, counts, strict=True)]
+    axes.set_xticks(range(len(groups)), names)
+    axes.axvline(0.5, color="#bbbbbb", linewidth=1)
+    axes.grid(False, axis="x")
+    axes.set(ylim=(0, 102), ylabel=f"{title(metric)}, %", title=f"{title(metric)} by kind of request ({suite})")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1 if len(settings) > 3 else 2)
+    return figure
+
+
+def _of_kind(score: dict[str, Any], kind: str, metric: str) -> float | None:
+    return score["metrics"][metric] if kind == "all" else score["by_kind"].get(kind, {}).get(metric)
+
+
+def _percent(score: dict[str, Any], kind: str, metric: str) -> float:
+    value = _of_kind(score, kind, metric)
+    return np.nan if value is None else 100 * value
+
+
+def _mean(values_SG: np.ndarray) -> np.ndarray:
+    """Mean over seeds that have a value; 0 where none has, which draws no bar."""
+    present = np.isfinite(values_SG)
+    return np.where(present, values_SG, 0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+
+
+def differences(rows: Sequence[Row], *, confidence_frac: float) -> Figure | None:
+    """A line a setting: its difference from the baseline with the interval, in percentage points."""
+    kept = [row for row in rows if row.difference is not None]
+    if not kept:
+        return None
+    figure = _figure(8.5, 1.5 + 0.45 * len(kept))
+    axes = figure.add_subplot()
+    for index, row in enumerate(kept):
+        one = row.difference
+        bars = [[100 * (one.value - one.low)], [100 * (one.high - one.value)]]
+        axes.errorbar(
+            100 * one.value,
+            index,
+            xerr=bars,
+            fmt="o",
+            capsize=4,
+            color=COLOURS[0] if row.setting.is_clean else "#888888",
+        )
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set_yticks(range(len(kept)), [name_of(row.setting) for row in kept])
+    axes.set_ylim(len(kept) - 0.5, -0.5)
+    axes.set_xlabel(f"percentage points of {title(rows[0].metric)}, with {100 * confidence_frac:g} % interval")
+    axes.set_title("Difference from the baseline")
+    return figure
+
+
+def size_and_quality(rows: Sequence[Row], *, suite: str) -> Figure | None:
+    """The headline metric against the student's parameters, a line for each setting apart from size."""
+    if len({row.setting.parameters for row in rows if row.setting.parameters}) < 2:
+        return None
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        others = {key: value for key, value in row.setting.factors.items() if key.split(".")[0] != "student"}
+        name = ", ".join(f"{key}={value}" for key, value in others.items()) or "students"
+        if row.setting.parameters and row.mean is not None:
+            series.setdefault(name + ("" if row.setting.is_clean else " (dirty)"), []).append(row)
+    figure = _figure(7.5, 4.2 + 0.22 * len(series))
+    axes = figure.add_subplot()
+    for number, (name, members) in enumerate(series.items()):
+        members = sorted(members, key=lambda row: row.setting.parameters)
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        sizes = [row.setting.parameters for row in members]
+        axes.plot(sizes, [100 * row.mean for row in members], label=name, linewidth=2, markersize=7, **style)
+        for row in members:
+            values = [100 * _of_kind(run.score, "all", row.metric) for run in row.setting.runs]
+            if len(values) > 1:
+                where = [row.setting.parameters] * len(values)
+                axes.plot(where, values, "_", color=style["color"], markersize=12, alpha=0.7)
+    axes.set_xscale("log")
+    sizes = sorted({row.setting.parameters for row in rows if row.setting.parameters})
+    axes.set_xticks(sizes, [EngFormatter(places=1, sep="")(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set(ylim=(0, None), xlabel="parameters of the student", ylabel=f"{title(rows[0].metric)}, %")
+    axes.set_title(f"Size against quality ({suite})")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1 if len(series) > 3 else 2)
+    return figure
