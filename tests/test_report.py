@@ -203,7 +203,7 @@ def test_the_interval_of_one_seed_matches_the_exact_bootstrap():
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
-    """200 simulated pairs of students on 150 examples, whose true difference is 0.1: a 90 % interval holds it in 90 %."""
+    """200 simulated pairs of students on 150 examples, true difference 0.1: nine in ten 90 % intervals hold it."""
     generator = np.random.default_rng(0)
     covered = 0
     for trial in range(200):

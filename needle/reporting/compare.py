@@ -91,12 +91,13 @@ def baseline_of(setting: Setting, settings: Sequence[Setting], *, baseline: Sequ
     """
     if is_baseline(setting, baseline):
         return None
-    candidates = [other for other in settings if is_baseline(other, baseline) and other.is_clean == setting.is_clean]
+    candidates = [other for other in settings if is_baseline(other, baseline)]
+    # A result is held against results only; a try-out against either, rather a result.
+    candidates = [other for other in candidates if other.is_clean or not setting.is_clean]
 
-    def agreement(other: Setting) -> tuple[bool, int]:
-        return other.parameters == setting.parameters, sum(
-            other.factors[name] == value for name, value in setting.factors.items()
-        )
+    def agreement(other: Setting) -> tuple[bool, int, bool]:
+        shared = sum(other.factors[name] == value for name, value in setting.factors.items())
+        return other.parameters == setting.parameters, shared, other.is_clean
 
     best = max((agreement(other) for other in candidates), default=None)
     fitting = [other for other in candidates if agreement(other) == best]

@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from needle.reporting.collect import ScoredRun, Setting
 from needle.reporting.compare import Row
@@ -22,6 +22,9 @@ HATCHES = ("", "//", "..")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SPANS = ("structure", "name", "key", "value", "stop")
 FORCED = "val/call_forced_exact_frac"
+_BARS_A_LINE = 30
+_CLEAR_SETTINGS = 4  # with more, the curves of single seeds hide one another and only means are drawn
+_HEADING = {"x": 0.01, "ha": "left", "weight": "bold", "fontsize": 13}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -72,6 +75,22 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below the axes, in as many columns as its longest label allows."""
+    longest = max(map(len, labels)) + 6
+    columns = int(np.clip(figure.get_figwidth() * 12 // longest, 1, len(labels)))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+
+
+def _legend_height(settings: Sequence[Setting]) -> float:
+    """Inches to leave for it at most."""
+    return 0.3 + 0.1 * len(settings)
+
+
+def _sentence(metric: str) -> str:
+    return title(metric).capitalize()
+
+
 def name_of(setting: Setting) -> str:
     return setting.label if setting.is_clean else f"{setting.label} (dirty)"
 
@@ -85,12 +104,12 @@ def learning_curves(settings: Sequence[Setting]) -> Figure | None:
         return None
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = _figure(3.7 * columns, 2.9 * lines + 0.5 + 0.22 * len(settings))
+    figure = _figure(3.7 * columns, 0.5 + 2.9 * lines + _legend_height(settings))
     handles: dict[str, Any] = {}
     for index, (key, name, unit) in enumerate(panels):
         axes = figure.add_subplot(lines, columns, index + 1)
         for number, setting in enumerate(settings):
-            handle = _draw_curves(axes, setting, key, number)
+            handle = _draw_curves(axes, setting, key, number, seeds=len(settings) <= _CLEAR_SETTINGS)
             if handle is not None:
                 handles[name_of(setting)] = handle
         axes.set(title=name, ylabel=unit, xlabel="tokens seen in training", xlim=(0, None))
@@ -99,10 +118,11 @@ def learning_curves(settings: Sequence[Setting]) -> Figure | None:
             axes.set_ylim(0, None)
         else:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             axes.yaxis.set_major_formatter(_plain_number)
             axes.yaxis.set_minor_formatter(NullFormatter())
-    figure.suptitle("Training loss by span", x=0.01, ha="left", weight="bold", fontsize=13)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=1 if len(settings) > 3 else 2)
+    figure.suptitle("Learning curves by span", **_HEADING)
+    _legend(figure, list(handles.values()), list(handles))
     return figure
 
 
@@ -110,14 +130,14 @@ def _plain_number(value: float, _: Any) -> str:
     return f"{value:g}"
 
 
-def _draw_curves(axes: Any, setting: Setting, key: str, number: int) -> Any:
+def _draw_curves(axes: Any, setting: Setting, key: str, number: int, *, seeds: bool) -> Any:
     style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
     scale = 100.0 if key == FORCED else 1.0
     curves = [(tokens, scale * values) for tokens, values in (_curve(run, key) for run in setting.runs) if tokens.size]
     if not curves:
         return None
-    for tokens, values in curves:
-        axes.plot(tokens, values, linewidth=0.8, alpha=0.45 if len(curves) > 1 else 0.0, **style)
+    for tokens, values in curves if seeds and len(curves) > 1 else []:
+        axes.plot(tokens, values, linewidth=0.8, alpha=0.45, **style)
     start, end = max(tokens[0] for tokens, _ in curves), min(tokens[-1] for tokens, _ in curves)
     grid = np.array([at for at in curves[0][0] if start <= at <= end])
     if not grid.size:  # seeds that share no stretch have no mean
@@ -146,37 +166,45 @@ def by_kind(settings: Sequence[Setting], *, metric: str, suite: str) -> Figure |
     if not groups:
         return None
     groups = ["all", *groups]
+    per_line = max(3, _BARS_A_LINE // len(settings))
+    lines = [groups[start : start + per_line] for start in range(0, len(groups), per_line)]
+    figure = _figure(11, 0.6 + 3.0 * len(lines) + _legend_height(settings))
+    for index, some in enumerate(lines):
+        axes = figure.add_subplot(len(lines), 1, index + 1)
+        _draw_bars(axes, settings, some, metric)
+        # Groups keep their width on a shorter last line.
+        axes.set(xlim=(-0.5, max(map(len, lines)) - 0.5), ylim=(0, 102), ylabel=f"{title(metric)}, %")
+    figure.suptitle(f"{_sentence(metric)} by kind of request ({suite})", **_HEADING)
+    _legend(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def _draw_bars(axes: Any, settings: Sequence[Setting], groups: Sequence[str], metric: str) -> None:
     width = 0.84 / len(settings)
-    figure = _figure(max(7.5, 1.0 * len(groups) + 0.22 * len(groups) * len(settings)), 4.0 + 0.22 * len(settings))
-    axes = figure.add_subplot()
     marked = False
     for number, setting in enumerate(settings):
         at = np.arange(len(groups)) + (number - (len(settings) - 1) / 2) * width
         values_SG = np.array([[_percent(run.score, kind, metric) for kind in groups] for run in setting.runs])
         colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number // len(COLOURS) % len(HATCHES)]
-        axes.bar(at, _mean(values_SG), width * 0.92, color=colour, hatch=hatch, label=name_of(setting), zorder=2)
+        look = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
+        axes.bar(at, _mean(values_SG), width * 0.92, label=name_of(setting), zorder=2, **look)
         if len(setting.runs) > 1:
             for values in values_SG:
-                axes.plot(at, values, "o", color="white", markeredgecolor="#333333", markersize=3.2, zorder=3)
+                axes.plot(at, values, "o", color="white", markeredgecolor="#333333", markersize=3, zorder=3)
         before = [run.initial for run in setting.runs if run.initial is not None]
         if before:
             initial = _mean(np.array([[_percent(score, kind, metric) for kind in groups] for score in before]))
-            label = None if marked else "before training"
-            marked = True
+            span = {"xmin": at - width * 0.46, "xmax": at + width * 0.46}
             # White under black: visible on every bar.
-            axes.hlines(initial, at - width * 0.46, at + width * 0.46, color="white", linewidth=4, zorder=4)
-            axes.hlines(
-                initial, at - width * 0.46, at + width * 0.46, color="black", linewidth=2, label=label, zorder=5
-            )
-    first = settings[0].runs[0].score
-    counts = [first["n"], *(first["by_kind"][kind]["n"] for kind in groups[1:])]
+            axes.hlines(initial, **span, color="white", linewidth=4, zorder=4)
+            label = None if marked else "before training"
+            axes.hlines(initial, **span, color="black", linewidth=2, label=label, zorder=5)
+            marked = True
+    score = settings[0].runs[0].score
+    counts = [score["n"] if kind == "all" else score["by_kind"][kind]["n"] for kind in groups]
     names = [f"{kind.replace('_', ' ')}\nn={n}" for kind, n in zip(groups, counts, strict=True)]
     axes.set_xticks(range(len(groups)), names)
-    axes.axvline(0.5, color="#bbbbbb", linewidth=1)
     axes.grid(False, axis="x")
-    axes.set(ylim=(0, 102), ylabel=f"{title(metric)}, %", title=f"{title(metric)} by kind of request ({suite})")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1 if len(settings) > 3 else 2)
-    return figure
 
 
 def _of_kind(score: dict[str, Any], kind: str, metric: str) -> float | None:
@@ -216,7 +244,7 @@ def differences(rows: Sequence[Row], *, confidence_frac: float) -> Figure | None
     axes.set_yticks(range(len(kept)), [name_of(row.setting) for row in kept])
     axes.set_ylim(len(kept) - 0.5, -0.5)
     axes.set_xlabel(f"percentage points of {title(rows[0].metric)}, with {100 * confidence_frac:g} % interval")
-    axes.set_title("Difference from the baseline")
+    figure.suptitle("Difference from the baseline", **_HEADING)
     return figure
 
 
@@ -230,7 +258,7 @@ def size_and_quality(rows: Sequence[Row], *, suite: str) -> Figure | None:
         name = ", ".join(f"{key}={value}" for key, value in others.items()) or "students"
         if row.setting.parameters and row.mean is not None:
             series.setdefault(name + ("" if row.setting.is_clean else " (dirty)"), []).append(row)
-    figure = _figure(7.5, 4.2 + 0.22 * len(series))
+    figure = _figure(8.5, 4.5 + 0.1 * len(series))
     axes = figure.add_subplot()
     for number, (name, members) in enumerate(series.items()):
         members = sorted(members, key=lambda row: row.setting.parameters)
@@ -247,6 +275,6 @@ def size_and_quality(rows: Sequence[Row], *, suite: str) -> Figure | None:
     axes.set_xticks(sizes, [EngFormatter(places=1, sep="")(size) for size in sizes])
     axes.minorticks_off()
     axes.set(ylim=(0, None), xlabel="parameters of the student", ylabel=f"{title(rows[0].metric)}, %")
-    axes.set_title(f"Size against quality ({suite})")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=1 if len(series) > 3 else 2)
+    figure.suptitle(f"Size against quality ({suite})", **_HEADING)
+    _legend(figure, *axes.get_legend_handles_labels())
     return figure

@@ -17,8 +17,8 @@ from needle.schema import KINDS
 
 CAPTIONS = {
     "differences.png": "Points: mean over paired seeds. Bars: bootstrap interval. Grey: not from a clean tree.",
-    "learning_curves.png": "Each run's own loss: levels compare only between settings of the same loss. Thin: seeds, "
-    "each a running mean over a twentieth of the logged steps; bold: the mean of the seeds.",
+    "learning_curves.png": "Each run's own loss: levels compare only between settings of the same loss. Bold: mean "
+    "of the seeds; thin: seeds, where there are few settings. Losses are running means over a twentieth of the log.",
     "by_kind.png": "Bars: mean over seeds. Dots: seeds. Black line: the same students before training.",
     "size.png": "Lines: mean over seeds. Dashes: seeds.",
 }
@@ -63,7 +63,7 @@ def render(
         method=method,
         headline=headline,
         baselines={row.difference.baseline for row in headline if row.difference},
-        best=max((row.mean for row in headline if row.mean is not None), default=None),
+        best=best_of(headline),
         every_metric=[
             (tables.title(metric), [tables.percent(row.mean) for row in rows if row.metric == metric])
             for metric in metrics
@@ -80,13 +80,18 @@ def render(
     )
 
 
+def best_of(headline: Sequence[Row]) -> Row | None:
+    """The row with the highest mean, of those that are results if there are any."""
+    ranked = [row for row in headline if row.mean is not None]
+    clean = [row for row in ranked if row.setting.is_clean]
+    return max(clean or ranked, key=lambda row: row.mean, default=None)
+
+
 def verdict(headline: Sequence[Row]) -> str:
     """The best setting in a sentence, and whether its difference is told apart from zero."""
-    ranked = [row for row in headline if row.mean is not None and row.setting.is_clean]
-    ranked = ranked or [row for row in headline if row.mean is not None]
-    if not ranked:
+    best = best_of(headline)
+    if best is None:
         return "Nothing to compare: no setting has a value."
-    best = max(ranked, key=lambda row: row.mean)
     seeds = len(best.setting.runs)
     text = f"Highest: {best.setting.label}, {tables.percent(best.mean)} % over {seeds} seed{'s' if seeds > 1 else ''}"
     if best.difference is None:

@@ -120,6 +120,14 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
+def short(count: float) -> str:
+    """A count in three figures: 987, 1.10M, 26.2M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:#.3g}".rstrip(".") + unit
+    return str(round(count))
+
+
 def difference_text(row: Row) -> str:
     if row.difference is None:
         return "–"
