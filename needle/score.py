@@ -138,7 +138,7 @@ def _score_checkpoint(
     if not (folder / "model.safetensors").is_file():
         way_out = "checkpoints=[final]" if checkpoint == "initial" else f"python -m needle.train resume={run.folder}"
         raise DataError(f"{run.folder} has no {checkpoint} student ({folder}); {way_out}")
-    identity = artifacts.hash_files([folder / name for name in MODEL_FILES])
+    identity = artifacts.fingerprint(**{name: artifacts.hash_file(folder / name) for name in MODEL_FILES})
     decoder = None
     for suite in suites:
         inputs = {

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -403,3 +405,27 @@ def test_a_run_without_history_or_initial_score_is_reported(tmp_path):
     assert set(drawn) == {"by_kind.png"}
     assert "The runs differ in nothing but their seeds." in page_of(found, rows, drawn, examples=0)
     assert isinstance(found.settings[0], Setting)
+
+
+def test_the_command_gives_the_same_files_for_the_same_runs(two_losses, tmp_path, repository):
+    write_run(two_losses, loss="reverse_kl", right=first_right(12), dirty=True)
+    output = tmp_path / "report"
+    settings = [f"paths.runs={two_losses}", f"output={output}", "bootstrap.resamples=200", "metrics=[call_exact_frac]"]
+    command = [sys.executable, "-m", "needle.report", *settings]
+    written = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        written.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert written[0] == written[1]
+    assert set(written[0]) == {
+        *("results.csv", "results.md", "report.html"),
+        *("differences.png", "learning_curves.png", "by_kind.png"),
+    }
+    assert done.stdout.startswith("Highest: loss=forward_kl")
+    assert b"reverse_kl" not in written[0]["results.csv"]
+    assert b"reverse_kl" in written[0]["results.md"]
+    refused = subprocess.run([*command, "metrics=[call_exact]"], cwd=repository, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "'call_exact' is not one of call_exact_frac" in refused.stderr
+    assert "Traceback" not in refused.stderr
