@@ -1,0 +1,188 @@
+"""Measures where time goes on this machine: matrix product, training step, decoding.
+
+    python -m needle.bench student=san_base            # make bench
+
+Every figure is the median of several measurements after a warm-up, and is printed with the machine's own sgemm rate, since a
+rate without that says little about the code.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from needle import config
+from needle.artifacts import write_json_atomic
+from needle.loss.base import Loss, reduce
+from needle.loss.weighting import SpanWeighting
+from needle.optim import OptimSettings
+from needle.schema import Tool
+from needle.student import SimpleAttentionNetwork
+from needle.text.tokenizer import BOS, SPECIALS, TextCodec, train_tokenizer
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class BenchShape:
+    """The batch that is timed: `rows` packed rows, all slots filled, `examples_per_row` examples in each."""
+
+    rows: Count
+    source_tokens: Count
+    target_tokens: Count
+    examples_per_row: Count
+
+
+def median_seconds(work: Callable[[], Any], *, warmup: int, repeats: int) -> float:
+    for _ in range(warmup):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def sgemm_gflops(repeats: int) -> float:
+    """Rate of a 1024 x 1024 x 1024 float32 product at the current number of threads, in GFLOP/s."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2 * 1024**3 / median_seconds(lambda: a @ b, warmup=3, repeats=repeats) / 1e9
+
+
+def packed_batch(shape: BenchShape, *, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Random tokens in the layout of `needle.data.packing.collate`, without padding."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> torch.Tensor:
+        return torch.randint(len(SPECIALS), vocab_size, (shape.rows, length), generator=generator)
+
+    def segments(length: int) -> torch.Tensor:
+        return (torch.arange(length) * shape.examples_per_row // length + 1).expand(shape.rows, -1).contiguous()
+
+    return {
+        "source_ids_RS": ids(shape.source_tokens),
+        "source_segments_RS": segments(shape.source_tokens),
+        "decoder_ids_RT": ids(shape.target_tokens),
+        "target_segments_RT": segments(shape.target_tokens),
+        "labels_RT": ids(shape.target_tokens),
+        "spans_RT": torch.randint(0, 5, (shape.rows, shape.target_tokens), generator=generator),
+    }
+
+
+def training_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, weighting: SpanWeighting, *, compiled: bool
+) -> dict[str, Callable[[dict[str, torch.Tensor]], None]]:
+    """The parts of a step, as the trainer does them: forward and backward, and the optimizer."""
+
+    def nats(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = model(
+            input_ids=batch["source_ids_RS"],
+            source_segments_BS=batch["source_segments_RS"],
+            decoder_input_ids=batch["decoder_ids_RT"],
+            target_segments_BT=batch["target_segments_RT"],
+        ).logits
+        return loss(student_logits_RTV=logits, labels_RT=batch["labels_RT"])
+
+    forward = torch.compile(nats) if compiled else nats
+
+    def gradients(batch: dict[str, torch.Tensor]) -> None:
+        weights = weighting(spans_RT=batch["spans_RT"], labels_RT=batch["labels_RT"])
+        terms = reduce(nats_RT=forward(batch), weights_RT=weights)
+        (terms.sum_nats / terms.weight).backward()
+
+    def update(_: dict[str, torch.Tensor]) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        gradients(batch)
+        update(batch)
+
+    return {"forward_backward": gradients, "optimizer": update, "whole_step": step}
+
+
+def decoding_rate(model: torch.nn.Module, codec: TextCodec, *, new_tokens: int, repeats: int) -> float:
+    """Tokens a second of one request answered with the KV cache, one token a step, without a grammar.
+
+    `model` has random weights, so it does not stop by itself: exactly `new_tokens` steps are timed, prompt included.
+    """
+    prompt = codec.encode_prompt(BENCH_REQUEST, BENCH_TOOLS)
+    source = torch.tensor([prompt])
+
+    @torch.inference_mode()
+    def answer() -> None:
+        encoded = model.get_encoder()(input_ids=source)
+        token, cache = torch.tensor([[BOS]]), None
+        for _ in range(new_tokens):
+            step = model(decoder_input_ids=token, encoder_outputs=encoded, past_key_values=cache, use_cache=True)
+            token, cache = step.logits[:, -1:].argmax(dim=-1), step.past_key_values
+
+    return new_tokens / median_seconds(answer, warmup=2, repeats=repeats)
+
+
+BENCH_TOOLS = tuple(
+    Tool(
+        f"set_{thing}",
+        f"Sets the {thing} of a room to a level that the user names.",
+        {"type": "object", "properties": {"room": {"type": "string"}, "level": {"type": "integer"}}, "required": ["room"]},
+    )
+    for thing in ("light", "heating", "volume", "blind")
+)
+BENCH_REQUEST = "turn the heating in the upstairs bathroom to 21 and dim the light in the hall"
+
+
+@config.stage("bench")
+def main(
+    cfg: dict[str, Any],
+    *,
+    student: SimpleAttentionNetwork,
+    loss: Loss,
+    weighting: SpanWeighting,
+    optim: OptimSettings,
+    batch: BenchShape,
+    vocab_size: Count,
+    threads: Count | None,
+    compile: bool,
+    warmup: Count,
+    repeats: Count,
+    decode_tokens: Count,
+    output: Path | None,
+) -> None:
+    torch.set_flush_denormal(True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = student.build(vocab_size=vocab_size)
+    figures: dict[str, Any] = {
+        "student": student.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "threads": torch.get_num_threads(),
+        "compiled": compile,
+        "sgemm_gflop_per_s": round(sgemm_gflops(repeats=20), 1),
+    }
+    data = packed_batch(batch, vocab_size=vocab_size)
+    tokens = batch.rows * (batch.source_tokens + batch.target_tokens)
+    optimizer = optim.build(model)
+    for name, part in training_step(model, optimizer, loss, weighting, compiled=compile).items():
+        seconds = median_seconds(partial(part, data), warmup=warmup, repeats=repeats)
+        figures[f"{name}_s"] = round(seconds, 4)
+    figures["training_tokens_per_s"] = round(tokens / figures["whole_step_s"], 1)
+    codec = TextCodec(train_tokenizer([BENCH_REQUEST], vocab_size=300), "signature")
+    rate = decoding_rate(model.eval(), codec, new_tokens=decode_tokens, repeats=repeats)
+    figures["decoding_tokens_per_s"] = round(rate, 1)
+    for name, value in figures.items():
+        print(f"{name:28} {value}")
+    if output is not None:
+        write_json_atomic(output, figures)
+
+
+if __name__ == "__main__":
+    main()

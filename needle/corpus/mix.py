@@ -1,0 +1,52 @@
+"""The training examples and the fixed evaluation suites of a data setting."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from needle.corpus.distractors import ToolPool, show_tools
+from needle.corpus.values import ValuePool
+from needle.schema import Example, Tool
+
+if TYPE_CHECKING:
+    from needle.data.settings import DataSettings
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """A generator that depends on its parts only: examples do not change when others come or go."""
+    digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+class Mixer:
+    """Draws examples; `train` and `tools` are of the seen domains of the slice."""
+
+    def __init__(self, settings: "DataSettings", *, train: Sequence[Example], tools: Mapping[str, Sequence[Tool]]):
+        self.settings = settings
+        self.train = train
+        self.seen = {d: t for d, t in tools.items() if d not in settings.split.unseen_domains}
+        self.tools = ToolPool(self.seen)
+        self.values = ValuePool(train)
+
+    def training(self, part: int, parts: int) -> Iterator[Example]:
+        """Every `parts`-th training example, from number `part`; copy k of a request depends on (seed, request, k)."""
+        for number in range(part, len(self.train) * self.settings.copies_per_request, parts):
+            copy, index = divmod(number, len(self.train))
+            example = self.train[index]
+            rng = generator(self.settings.seed, example.id, copy)
+            varied = self.settings.augment(example, rng=rng, tools=self.tools, values=self.values)
+            yield varied.replace(id=f"{example.id}-{copy}", split="train")
+
+
+def evaluation(examples: Sequence[Example], tools: Mapping[str, Sequence[Tool]], settings: "DataSettings") -> list[Example]:
+    """Each request once, with distractors from `tools` and nothing else changed; the same for every student and seed."""
+    pool = ToolPool(tools)
+    rule = settings.evaluation
+    shown = []
+    for example in examples:
+        rng = generator("evaluation", example.id)
+        count = int(rng.integers(rule.tools_min, rule.tools_max + 1))
+        shown.append(show_tools(example, rng=rng, pool=pool, count=count, hard_frac=rule.hard_frac, remove_gold=False))
+    return shown

@@ -1,0 +1,52 @@
+"""What conf/data states: which requests, how they are varied, and how they become tokens."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from needle.corpus.augment import Augment
+from needle.corpus.split import SplitRule
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """`tokenizer`: a folder whose tokenizer is taken; null: one of `vocab_size` pieces is trained on the train split."""
+
+    style: Literal["signature", "json"]
+    vocab_size: Annotated[int, Field(ge=300, le=65536)]
+    tokenizer: Path | None
+    max_source_tokens: Count
+    max_target_tokens: Count
+
+
+@dataclass(frozen=True)
+class PackingSettings:
+    source_row_tokens: Count
+    target_row_tokens: Count
+    window_examples: Count
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    tools_min: Count
+    tools_max: Count
+    hard_frac: Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`corpus`: folder of the recorded teacher's files."""
+
+    corpus: Path
+    split: SplitRule
+    augment: Augment
+    evaluation: EvaluationSettings
+    text: TextSettings
+    packing: PackingSettings
+    copies_per_request: Count
+    symbolic_frac: Annotated[float, Field(ge=0, lt=1)]
+    seed: Annotated[int, Field(ge=0)]

@@ -1,0 +1,18 @@
+"""The recorded teacher: answers that lie in the repository."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from needle.corpus.catalogue import Catalogue, load
+
+
+@dataclass(frozen=True)
+class RecordedTeacher:
+    """`folder`: DOMAIN.tools.json and DOMAIN.jsonl files, see data/README.md."""
+
+    folder: Path
+    capabilities: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    def load(self) -> Catalogue:
+        return load(self.folder)

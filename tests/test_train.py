@@ -1,0 +1,175 @@
+"""Training as a user runs it: real processes on a tiny slice, killed, interrupted, continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SLICE = ["data.split.domains=[timers_alarms,weather_environment,notes,calendar]", "data.copies_per_request=1", "data.text.vocab_size=600"]
+STUDENT = ["student=san_nano", "student.width=32", "student.heads=2", "student.kv_heads=1", "student.encoder_layers=1"]
+STUDENT += ["student.decoder_layers=1", "student.copy_width=8"]
+SMALL = ["trainer=fast", "trainer.steps=24", "trainer.checkpoint_every_steps=8", "trainer.validate_every_steps=12"]
+SMALL += ["trainer.log_every_steps=1", "samples=2"]
+
+
+def needle(stage: str, *overrides: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(_command(stage, *overrides, folder=folder), capture_output=True, text=True, check=False, **kwargs)
+
+
+def _command(stage: str, *overrides: str, folder: Path) -> list[str]:
+    paths = [f"paths.artifacts={folder / 'artifacts'}", f"paths.runs={folder / 'runs'}"]
+    return [sys.executable, "-m", f"needle.{stage}", *overrides, *paths]
+
+
+def the_run(folder: Path) -> Path:
+    (found,) = (folder / "runs" / "train").iterdir()
+    return found
+
+
+def trace(run: Path) -> list[tuple[int, float]]:
+    lines = (run / "history.jsonl").read_text().splitlines()
+    return [(r["step"], r["train/loss_nats"]) for r in map(json.loads, lines) if "train/loss_nats" in r]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    for stage in ("generate", "prepare"):
+        done = needle(stage, *SLICE, folder=folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def workplace(prepared: Path, tmp_path: Path) -> Path:
+    """A folder of its own for runs, sharing the prepared shards."""
+    (tmp_path / "artifacts").symlink_to(prepared / "artifacts")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Path) -> Path:
+    done = needle("train", *SLICE, *STUDENT, *SMALL, "logger=wandb", folder=prepared)
+    assert done.returncode == 0, done.stderr
+    return the_run(prepared)
+
+
+def test_a_run_folder_holds_what_was_done(uninterrupted: Path):
+    record = json.loads((uninterrupted / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["facts"]["steps"] == 24
+    assert record["facts"]["tokens"] > 0
+    assert record["choices"]["loss"] == "hard_label"
+    for name in ("config.yaml", "model/model.safetensors", "initial/model.safetensors", "samples.json"):
+        assert (uninterrupted / name).is_file(), name
+    steps = [step for step, _ in trace(uninterrupted)]
+    assert steps == list(range(1, 25))
+    last = json.loads((uninterrupted / "history.jsonl").read_text().splitlines()[-1])
+    assert {"val/loss_nats", "val/call_forced_exact_frac"} <= set(last)
+
+
+def test_wandb_offline_run_holds_the_whole_configuration(uninterrupted: Path):
+    (stored,) = uninterrupted.glob("wandb/offline-run-*/run-*.wandb")
+    text = stored.read_bytes()
+    for key in (b"copies_per_request", b"muon_lr", b"decoder_layers", b"train/loss_value_nats"):
+        assert key in text, key
+
+
+def test_kill_and_resume_gives_the_uninterrupted_trace(workplace: Path, uninterrupted: Path):
+    started = subprocess.Popen(
+        _command("train", *SLICE, *STUDENT, *SMALL, "logger=none", folder=workplace),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(lambda: any(workplace.glob("runs/train/*/checkpoints/step=8.ckpt")), started)
+    started.kill()
+    started.communicate()
+    run = the_run(workplace)
+    # Twice, so that a continued run can itself be continued.
+    resumed = needle("train", f"resume={run}", folder=workplace)
+    assert resumed.returncode == 0, resumed.stderr
+    assert trace(run) == trace(uninterrupted)
+    ours, theirs = ((r / "model" / "model.safetensors").read_bytes() for r in (run, uninterrupted))
+    assert ours == theirs
+    again = needle("train", f"resume={run}", folder=workplace)
+    assert again.returncode == 2
+    assert "finished" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(workplace: Path, uninterrupted: Path):
+    started = subprocess.Popen(
+        _command("train", *SLICE, *STUDENT, *SMALL, "logger=none", folder=workplace),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(lambda: any(workplace.glob("runs/train/*/history.jsonl")), started)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=120)
+    run = the_run(workplace)
+    if started.returncode == 0:
+        pytest.skip("the run was over before the signal reached it")
+    assert started.returncode == 130, err
+    assert f"resume={run}" in out
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert needle("train", f"resume={run}", folder=workplace).returncode == 0
+    assert trace(run) == trace(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["loss=forward_kl", "teacher=recorded"], ["needs top_k", "teacher=checkpoint"]),
+        (["trainer.stepz=3"], ["stepz"]),
+        (["+trainer.stepz=3"], ["stepz", "steps"]),
+        (["trainer.steps=0"], ["trainer.steps", "0"]),
+        (["student=san_nono"], ["san_nono", "san_nano"]),
+        (["data.copies_per_request=2"], ["needle.prepare"]),
+        (["resume=/nowhere"], ["/nowhere"]),
+        (["initial=/nowhere"], ["/nowhere"]),
+        (["loss=forward_kl", "teacher=checkpoint", "teacher.checkpoint=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_a_users_mistake_is_told_in_one_message(workplace: Path, overrides: list[str], words: list[str]):
+    done = needle("train", *SLICE, *STUDENT, *SMALL, "logger=none", *overrides, folder=workplace)
+    assert done.returncode not in (0, 130), done.stdout
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (workplace / "runs" / "train").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_loses_no_checkpoint(workplace: Path, tmp_path_factory: pytest.TempPathFactory):
+    small = tmp_path_factory.mktemp("small_disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        # Weights twice and one checkpoint fit; the second checkpoint does not.
+        command = _command("train", *SLICE, *STUDENT, *SMALL, "logger=none", folder=workplace)
+        done = subprocess.run([*command[:-1], f"paths.runs={small}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "disk is full" in done.stderr
+        assert "resume=" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(small.glob("train/*/checkpoints/*.part"))
+        assert list(small.glob("train/*/checkpoints/*.ckpt"))
+        assert not list(small.glob("train/*/model"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def _wait_for(happened, process: subprocess.Popen, timeout_s: float = 120) -> None:
+    until = time.monotonic() + timeout_s
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
