@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -94,7 +95,9 @@ def main(
                 one, checkpoint, planned[one.folder], settings, batch_size=batch_size, device=device, again=again
             )
     names = [score_name(suite.name, constrained=constrained, limit=limit) for suite in planned[runs[0].folder]]
-    Console().print(_summary(runs, names))
+    console = Console()
+    # In a log a line may be long; a terminal folds the names to keep the numbers whole.
+    console.print(_summary(runs, names), width=None if console.is_terminal else 140)
 
 
 def _suites(run: TrainingRun, wanted: Sequence[str]) -> list[Suite]:
@@ -262,10 +265,13 @@ def _without_surrogates(text: str) -> str:
 
 def _summary(runs: Sequence[TrainingRun], names: Sequence[str]) -> Table:
     """One row a run and suite: whole answers right before and after training, and what the final student does."""
-    table = Table(title="call_exact before and after training; the rest: after")
-    columns = ("run", "suite", "n", "before", "after", "name", "value", "call F1", "abstain recall", "errors", "ex/s")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("run", "suite") else "right")
+    table = Table(
+        title="Whole answers right before and after training; the rest: after", title_justify="left", box=SIMPLE
+    )
+    for column in ("run", "suite"):
+        table.add_column(column, overflow="fold")
+    for column in ("n", "before", "after", "name", "value", "F1", "abstain", "errors", "ex/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         for name in names:
             scores = {c: read_score(score_path(run.folder, checkpoint=c, name=name)) for c in CHECKPOINTS}
