@@ -10,6 +10,7 @@ Cost: a decoder step an answer token and batch; the undecided student of `initia
 """
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -95,9 +96,8 @@ def main(
                 one, checkpoint, planned[one.folder], settings, batch_size=batch_size, device=device, again=again
             )
     names = [score_name(suite.name, constrained=constrained, limit=limit) for suite in planned[runs[0].folder]]
-    console = Console()
     # In a log a line may be long; a terminal folds the names to keep the numbers whole.
-    console.print(_summary(runs, names), width=None if console.is_terminal else 140)
+    Console(width=None if sys.stdout.isatty() else 140).print(_summary(runs, names))
 
 
 def _suites(run: TrainingRun, wanted: Sequence[str]) -> list[Suite]:
@@ -269,7 +269,7 @@ def _summary(runs: Sequence[TrainingRun], names: Sequence[str]) -> Table:
         title="Whole answers right before and after training; the rest: after", title_justify="left", box=SIMPLE
     )
     for column in ("run", "suite"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=10)
     for column in ("n", "before", "after", "name", "value", "F1", "abstain", "errors", "ex/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
