@@ -1,4 +1,186 @@
-"""Hedge."""
+"""A student's answers: greedy decoding with the KV cache, held to the grammar of the tools shown or left free.
+
+A step whose mask leaves one token needs no model to be decided; such forced tokens (most of JSON's structure, the rest of a
+name) are gathered and fed to the decoder together. Answers do not depend on what else is in the batch.
+"""
+
+# B rows still decoding, S source tokens, V vocabulary
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import llguidance.numpy as lln
+import numpy as np
+import torch
+from transformers.cache_utils import EncoderDecoderCache
+
+from needle.errors import DataError
+from needle.schema import Tool, ToolCall
+from needle.text.grammar import AnswerGrammar, allowed_tokens
+from needle.text.render import parse_calls
+from needle.text.tokenizer import BOS, EOS, PAD, TextCodec
+
+Request = tuple[str, Sequence[Tool]]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """`calls` is None when there is no usable answer; `error` says why. `confidence`: the student's probability of its answer."""
+
+    calls: list[ToolCall] | None
+    text: str
+    token_ids: list[int]
+    confidence: float | None
+    error: str | None
+
+
+@dataclass
+class _Row:
+    """One request while it is decoded. `fed` tokens are in the cache; `pending` are decided and not yet fed."""
+
+    index: int
+    matcher: Any
+    pending: list[int] = field(default_factory=lambda: [BOS])
+    answer: list[int] = field(default_factory=list)
+    log_prob: float = 0.0
+    done: bool = False
+
+
 class Decoder:
-    def __init__(self,*a,**k): pass
-    def decode(self,b): return []
+    """Answers requests with one student. `max_source_tokens` limits prompts; None: whatever fits memory."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        codec: TextCodec,
+        *,
+        constrained: bool,
+        max_new_tokens: int,
+        max_calls: int,
+        max_source_tokens: int | None = None,
+    ):
+        self.model, self.codec = model.eval(), codec
+        self.grammar = AnswerGrammar(codec.tokenizer, max_calls=max_calls) if constrained else None
+        self.max_new_tokens, self.max_source_tokens = max_new_tokens, max_source_tokens
+
+    @torch.inference_mode()
+    def decode(self, batch: Sequence[Request]) -> list[Decoded]:
+        """Answers in the order of the requests."""
+        answers: dict[int, Decoded] = {}
+        rows: list[_Row] = []
+        prompts: dict[int, list[int]] = {}
+        for index, (query, tools) in enumerate(batch):
+            prompt = self.codec.encode_prompt(query, tools)
+            if self.max_source_tokens is not None and len(prompt) > self.max_source_tokens:
+                reason = f"the prompt has {len(prompt)} tokens, at most {self.max_source_tokens} are read: show fewer tools"
+                answers[index] = Decoded(None, "", [], None, reason)
+                continue
+            try:
+                matcher = self.grammar.matcher(tools) if self.grammar else None
+            except DataError as error:
+                answers[index] = Decoded(None, "", [], None, str(error))
+                continue
+            prompts[index] = prompt
+            rows.append(_Row(index, matcher))
+        if rows:
+            self._run(rows, [prompts[row.index] for row in rows])
+        for row in rows:
+            answers[row.index] = self._finished(row)
+        return [answers[index] for index in range(len(batch))]
+
+    def _run(self, rows: list[_Row], prompts: list[list[int]]) -> None:
+        device = next(self.model.parameters()).device
+        longest = max(map(len, prompts))
+        source = torch.full((len(rows), longest), PAD, device=device)
+        mask = torch.zeros_like(source)
+        for i, prompt in enumerate(prompts):
+            source[i, : len(prompt)] = torch.tensor(prompt)
+            mask[i, : len(prompt)] = 1
+        encoded = self.model.get_encoder()(input_ids=source, attention_mask=mask)
+        cache: EncoderDecoderCache | None = None
+        live = list(rows)
+        while live:
+            # Rows are fed equally many tokens a step: in a batch forced tokens go one by one, alone all at once.
+            width = min(len(row.pending) for row in live)
+            tokens = torch.tensor([row.pending[:width] for row in live], device=device)
+            step = self.model(
+                decoder_input_ids=tokens,
+                encoder_outputs=encoded,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = step.past_key_values
+            log_probs_BTV = step.logits.float().log_softmax(dim=-1)
+            last_BV = log_probs_BTV[:, -1].cpu().numpy()
+            decided = [i for i, row in enumerate(live) if len(row.pending) == width]
+            for i, row in enumerate(live):
+                following = row.pending[1 : width + 1]
+                if following:
+                    positions = torch.arange(len(following), device=device)
+                    row.log_prob += float(log_probs_BTV[i, positions, torch.tensor(following, device=device)].sum())
+                row.pending = row.pending[width:]
+            self._choose(live, decided, last_BV)
+            kept = [i for i, row in enumerate(live) if not row.done]
+            if len(kept) < len(live):
+                live = [live[i] for i in kept]
+                if live:
+                    chosen = torch.tensor(kept, device=device)
+                    cache = _rows(cache, chosen)
+                    encoded = type(encoded)(**{name: value[chosen] for name, value in encoded.items()})
+                    mask = mask[chosen]
+
+    def _choose(self, live: list[_Row], decided: list[int], log_probs_BV: np.ndarray) -> None:
+        """Appends the likeliest allowed token of each decided row, and the tokens that it forces."""
+        if not decided:
+            return
+        scores = log_probs_BV[decided]
+        if self.grammar is not None:
+            masks = lln.allocate_token_bitmask(len(decided), scores.shape[1])
+            for j, i in enumerate(decided):
+                lln.fill_next_token_bitmask(live[i].matcher, masks, j)
+            scores = np.where(allowed_tokens(masks, scores.shape[1]), scores, -np.inf)
+        for j, i in enumerate(decided):
+            row, token = live[i], int(scores[j].argmax())
+            row.log_prob += float(log_probs_BV[i, token])
+            self._append(row, token)
+            if not row.done and row.matcher is not None:
+                self._append_forced(row)
+
+    def _append(self, row: _Row, token: int) -> None:
+        row.answer.append(token)
+        row.pending.append(token)
+        if row.matcher is not None and token != EOS:
+            row.matcher.consume_token(token)
+        row.done = token == EOS or len(row.answer) >= self.max_new_tokens
+
+    def _append_forced(self, row: _Row) -> None:
+        """Tokens that the grammar leaves no choice about. A forced stop is left to the model's step, as any last token."""
+        mask = lln.allocate_token_bitmask(1, self.codec.vocab_size)
+        while not row.done:
+            lln.fill_next_token_bitmask(row.matcher, mask, 0)
+            only = np.flatnonzero(allowed_tokens(mask, self.codec.vocab_size)[0])
+            if len(only) != 1 or only[0] == EOS:
+                return
+            self._append(row, int(only[0]))
+
+    def _finished(self, row: _Row) -> Decoded:
+        text = self.codec.decode(row.answer)
+        confidence = math.exp(min(row.log_prob, 0.0))
+        if row.answer[-1] != EOS:
+            reason = f"the answer is longer than max_new_tokens={self.max_new_tokens}"
+            return Decoded(None, text, row.answer, confidence, reason)
+        try:
+            return Decoded(parse_calls(text), text, row.answer, confidence, None)
+        except ValueError as error:
+            return Decoded(None, text, row.answer, confidence, str(error))
+
+
+def _rows(cache: EncoderDecoderCache, chosen: torch.Tensor) -> EncoderDecoderCache:
+    """The cache of the chosen rows."""
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        for layer in part.layers:
+            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+    return cache
