@@ -1,35 +1,165 @@
-"""Hedge version."""
-import json, datetime, secrets
+"""Run folders: one a run, never reused, with everything needed to say later what was run on what."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
 from omegaconf import OmegaConf
-from needle.artifacts import write_json_atomic, write_text_atomic
+
+from needle.artifacts import source_state, write_json_atomic, write_text_atomic
 from needle.errors import DataError
+
+RUN_VERSION = 1
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "llguidance", "hydra-core", "wandb", "numpy")
+
+
 @dataclass(frozen=True)
 class Paths:
+    """Where derived data and runs are kept (conf/paths)."""
+
     artifacts: Path
     runs: Path
-    def __post_init__(self):
-        for k in ("artifacts","runs"): object.__setattr__(self,k,Path(getattr(self,k)))
-def _git(*a):
-    import subprocess
-    return subprocess.run(["git",*a],capture_output=True,text=True).stdout.strip()
+
+
 class Run:
-    def __init__(self,folder): self.folder=Path(folder); self.config=OmegaConf.to_container(OmegaConf.load(self.folder/"config.yaml"))
-    def note(self,**f): r=json.loads((self.folder/"run.json").read_text()); r["facts"].update(f); write_json_atomic(self.folder/"run.json",r)
-    def finish(self,s): r=json.loads((self.folder/"run.json").read_text()); r["status"]=s; write_json_atomic(self.folder/"run.json",r)
-    def history_append(self,r):
-        with (self.folder/"history.jsonl").open("a") as f: f.write(json.dumps(r)+"\n")
-    def truncate_history(self,*,after_step):
-        p=self.folder/"history.jsonl"; L=[l for l in p.read_text().splitlines() if json.loads(l)["step"]<=after_step] if p.exists() else []; write_text_atomic(p,"".join(l+"\n" for l in L))
-    def __enter__(self): return self
-    def __exit__(self,*a): 
-        if a[0]: self.finish("failed")
-def claim(root,*,stage,name,cfg,inputs):
-    f=Path(root)/stage/f"{name}-{datetime.datetime.utcnow():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"; f.mkdir(parents=True)
-    (f/"config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(cfg)))
-    write_json_atomic(f/"run.json",{"stage":stage,"name":name,"status":"running","commit":_git("rev-parse","HEAD"),"dirty":bool(_git("status","--porcelain")),"started_utc":datetime.datetime.utcnow().isoformat(),"choices":cfg["_choices_"],"inputs":inputs,"facts":{},"seed":cfg.get("seed")})
-    return Run(f)
-def reopen(f):
-    if not (Path(f)/"run.json").is_file(): raise DataError(f"{f} is not a run")
-    return Run(f)
+    """A run's folder. As a context manager it records `interrupted` or `failed` when the block does not end well."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run.json").read_text("utf-8"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.load(self.folder / "config.yaml"))))
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts (parameters, tokens, seconds, ...) to run.json."""
+        record = self.record
+        record["facts"] |= facts
+        write_json_atomic(self.folder / "run.json", record)
+
+    def finish(self, status: str) -> None:
+        """`finished`, `failed` or `interrupted`."""
+        write_json_atomic(self.folder / "run.json", {**self.record, "status": status, "finished_utc": _now()})
+
+    def history_append(self, record: dict[str, Any]) -> None:
+        """One line of history.jsonl, on disk at once."""
+        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every whole line; one that a kill cut off is left out."""
+        path = self.folder / "history.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def truncate_history(self, *, after_step: int) -> None:
+        """Forgets what was logged after the checkpoint that a resumed run starts from."""
+        kept = [record for record in self.history() if record["step"] <= after_step]
+        write_text_atomic(self.folder / "history.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and self.record["status"] == "running":
+            try:
+                self.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            except Exception as second:  # a full disk, most likely the very error that is on its way up
+                print(f"could not record how {self.folder} ended: {second}", file=sys.stderr)
+
+
+def claim(root: Path, *, stage: str, name: str, cfg: dict[str, Any], inputs: dict[str, str]) -> Run:
+    """Makes ROOT/STAGE/NAME-TIME-XXXX and records configuration, source, environment, hardware and inputs in it."""
+    parent = Path(root) / stage
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        time = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        folder = parent / f"{name}-{time}-{secrets.token_hex(2)}"
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            continue
+    write_text_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
+    record = {
+        "schema_version": RUN_VERSION,
+        "stage": stage,
+        "name": name,
+        "status": "running",
+        **source_state(),
+        "started_utc": _now(),
+        "finished_utc": None,
+        "seed": cfg.get("seed"),
+        "choices": cfg.get("_choices_", {}),
+        "overrides": cfg.get("_overrides_", []),
+        "environment": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "inputs": inputs,
+        "facts": {},
+    }
+    write_json_atomic(folder / "run.json", record)
+    return Run(folder)
+
+
+def reopen(folder: Path) -> Run:
+    """A run to be continued.
+
+    Raises:
+        DataError: the folder is no run's, or the run is finished.
+    """
+    folder = Path(folder)
+    if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder} is not a run's folder: run.json and config.yaml are not both there")
+    run = Run(folder)
+    if run.record["status"] == "finished":
+        raise DataError(f"{folder} is finished: there is nothing to continue")
+    write_json_atomic(folder / "run.json", {**run.record, "status": "running", "resumed_utc": _now()})
+    return run
+
+
+def find(root: Path, *, stage: str | None = None) -> list[Run]:
+    """Every run under `root`, by name; folders without a readable run.json are passed over."""
+    pattern = f"{stage or '*'}/*/run.json"
+    return [Run(path.parent) for path in sorted(Path(root).glob(pattern))]
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _hardware() -> dict[str, Any]:
+    """What speed depends on. torch is asked only where it is loaded already."""
+    cpu = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        names = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    facts: dict[str, Any] = {"cpu": cpu, "cores": len(os.sched_getaffinity(0))}
+    facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        facts["threads"] = torch.get_num_threads()
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return facts
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
