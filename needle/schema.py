@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jsonschema
 
@@ -146,7 +146,7 @@ class Example:
 
 
 def call_problems(call: ToolCall, tools: Mapping[str, Tool]) -> list[str]:
-    """Breaches of the called tool's schema. Arguments that the schema does not name are breaches unless it allows them."""
+    """Breaches of the called tool's schema; arguments that it does not name are breaches unless it allows them."""
     tool = tools.get(call.name)
     if tool is None:
         return [f"call of unknown tool {call.name!r}"]
@@ -188,15 +188,20 @@ class BadLine:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
-    """Yields `(line number, JSON value or BadLine)` for every line that is not blank; never raises for a bad line.
+    """`read_stream` of a file.
 
     Raises:
         DataError: the file cannot be opened.
     """
     try:
-        stream = Path(path).open("rb")
+        stream = Path(path).open("rb")  # noqa: SIM115 (closed by read_stream)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    yield from read_stream(stream, str(path))
+
+
+def read_stream(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any | BadLine]]:
+    """Yields `(line number, JSON value or BadLine)` for every line that is not blank; never raises for a bad line."""
     with stream:
         for number, raw in enumerate(stream, 1):
             if not raw.strip():
@@ -205,11 +210,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
                 yield number, json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
-                yield number, BadLine(str(path), number, reason, raw.decode("utf-8", "backslashreplace").rstrip("\n"))
-            except json.JSONDecodeError as error:
+                yield number, BadLine(name, number, reason, raw.decode("utf-8", "backslashreplace").rstrip("\n"))
+            except (json.JSONDecodeError, RecursionError) as error:
                 cut = "" if raw.endswith(b"\n") else " (the last line has no end: was the file cut off?)"
-                reason = f"not JSON: {error.msg} at column {error.colno}{cut}"
-                yield number, BadLine(str(path), number, reason, raw.decode("utf-8").rstrip("\n"))
+                reason = f"not JSON: {error}{cut}"
+                yield number, BadLine(name, number, reason, raw.decode("utf-8").rstrip("\n"))
 
 
 def read_examples(path: Path) -> tuple[list[Example], list[BadLine]]:

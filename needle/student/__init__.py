@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import transformers.utils.logging
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from needle.errors import DataError
 from needle.student.san import SANConfig, SANForConditionalGeneration, SimpleAttentionNetwork
 from needle.text.tokenizer import TextCodec
 
+# A bar for a model that loads in a blink hides the lines that matter.
+transformers.utils.logging.disable_progress_bar()
 AutoConfig.register("needle_san", SANConfig, exist_ok=True)
 AutoModelForSeq2SeqLM.register(SANConfig, SANForConditionalGeneration, exist_ok=True)
 
