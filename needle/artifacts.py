@@ -1,7 +1,7 @@
 """Derived data on disk: named after what it was made from, whole or not there, and never made twice.
 
-An artifact is a folder with a manifest.json. It is written beside its final name and renamed at the end, so a kill, a full disk or
-a second process can only ever leave the old state or the new one.
+An artifact is a folder with a manifest.json. It is written beside its final name and renamed at the end, so a kill, a
+full disk or a second process can only ever leave the old state or the new one.
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 
 def source_state() -> dict[str, Any]:
-    """The commit of this code and whether the tree differs from it: `{"commit", "dirty"}`; unknown and null without git."""
+    """The commit of this code and whether the tree differs from it: `{"commit", "dirty"}`; unknown and null without
+    git."""
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain")
     return {"commit": commit or "unknown", "dirty": None if status is None else bool(status)}
@@ -59,8 +60,8 @@ def source_state() -> dict[str, Any]:
 def publish(folder: Path, *, kind: str, inputs: Mapping[str, Any], counts: Mapping[str, Any]) -> Iterator[Path]:
     """Yields a temporary folder to fill; on success it becomes `folder`, with a manifest, in one step.
 
-    `inputs` and `counts` are read at the end, so they may be filled inside the block. If another process published the same artifact
-    meanwhile, that one stays. On any error the temporary folder goes.
+    `inputs` and `counts` are read at the end, so they may be filled inside the block. If another process published the
+    same artifact meanwhile, that one stays. On any error the temporary folder goes.
 
     Raises:
         UserError: the disk is full.
@@ -138,7 +139,9 @@ def _disk_error(path: Path, error: OSError) -> Exception:
     if error.errno not in FULL:
         return error
     free_mib = shutil.disk_usage(Path(path).parent).free / 2**20
-    return UserError(f"cannot write {path}: the disk is full ({free_mib:.1f} MiB free); free some space and run this again")
+    return UserError(
+        f"cannot write {path}: the disk is full ({free_mib:.1f} MiB free); free some space and run this again"
+    )
 
 
 def _remove_stale(folder: Path) -> None:

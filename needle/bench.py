@@ -2,8 +2,8 @@
 
     python -m needle.bench student=san_base            # make bench
 
-Every figure is the median of several measurements after a warm-up, and is printed with the machine's own sgemm rate, since a
-rate without that says little about the code.
+Every figure is the median of several measurements after a warm-up, and is printed with the machine's own sgemm rate,
+since a rate without that says little about the code.
 """
 
 import statistics
@@ -132,7 +132,11 @@ BENCH_TOOLS = tuple(
     Tool(
         f"set_{thing}",
         f"Sets the {thing} of a room to a level that the user names.",
-        {"type": "object", "properties": {"room": {"type": "string"}, "level": {"type": "integer"}}, "required": ["room"]},
+        {
+            "type": "object",
+            "properties": {"room": {"type": "string"}, "level": {"type": "integer"}},
+            "required": ["room"],
+        },
     )
     for thing in ("light", "heating", "volume", "blind")
 )

@@ -15,7 +15,8 @@ from needle.errors import DataError, UserError
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk, then renames: a kill or a full disk leaves the older checkpoint whole."""
+    """Writes beside the target, flushes to the disk, then renames: a kill or a full disk leaves the older checkpoint
+    whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)

@@ -1,8 +1,8 @@
 """Checks a composed configuration against what it will be given to, builds it, and is the frame of every stage.
 
-Every top-level key of a stage's primary file is a keyword parameter of the stage's function; every node with `_target_` is
-bound to its target's signature: unknown and missing keys, types, ranges. All of it happens before anything is built, and every
-problem found is told at once. This module is the only user of hydra.utils.
+Every top-level key of a stage's primary file is a keyword parameter of the stage's function; every node with
+`_target_` is bound to its target's signature: unknown and missing keys, types, ranges. All of it happens before
+anything is built, and every problem found is told at once. This module is the only user of hydra.utils.
 """
 
 import dataclasses
@@ -74,8 +74,8 @@ def cross_check(rule: Callable[..., None]) -> Callable[[Callable], Callable]:
 def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """Makes a function the entry point of `python -m needle.NAME`, configured by conf/NAME.yaml.
 
-    The function is called with the resolved configuration as a plain dict, in which `_choices_` maps groups to options and
-    `_overrides_` lists the command line's, and with every top-level key, built. A UserError ends the process with
+    The function is called with the resolved configuration as a plain dict, in which `_choices_` maps groups to options
+    and `_overrides_` lists the command line's, and with every top-level key, built. A UserError ends the process with
     status 2 and its message, Ctrl-C or SIGTERM with 130; neither shows a traceback.
     """
 
@@ -121,7 +121,9 @@ def build_settings(plain: Mapping[str, Any], stage_function: Callable[..., Any])
 def as_overrides(cfg: Mapping[str, Any], *groups: str) -> str:
     """The command-line words that choose the same options of these groups again."""
     chosen = [f"{group}={cfg['_choices_'][group]}" for group in groups if cfg["_choices_"].get(group)]
-    own = [o for o in cfg["_overrides_"] if o.lstrip("+~").split(".")[0].split("=")[0] in groups and "." in o.split("=")[0]]
+    own = [
+        o for o in cfg["_overrides_"] if o.lstrip("+~").split(".")[0].split("=")[0] in groups and "." in o.split("=")[0]
+    ]
     return " ".join([*chosen, *own])
 
 
@@ -155,7 +157,9 @@ def _interpolation_problems(cfg: DictConfig) -> Iterator[str]:
     yield from visit(cfg, "")
 
 
-def _call_problems(arguments: Mapping[str, Any], target: Callable[..., Any], *, path: str, skip: tuple = ()) -> Iterator[str]:
+def _call_problems(
+    arguments: Mapping[str, Any], target: Callable[..., Any], *, path: str, skip: tuple = ()
+) -> Iterator[str]:
     """What is wrong with calling `target` with these arguments, nested nodes included."""
     partial = bool(arguments.get("_partial_"))
     given = {key: value for key, value in arguments.items() if key not in RESERVED and not key.startswith("_")}
@@ -186,7 +190,12 @@ def _value_problems(value: Any, hint: Any, path: str) -> Iterator[str]:
         except ConfigError as error:
             yield f"{path}._target_: {error}"
             return
-        if inspect.isclass(hint) and inspect.isclass(target) and not _is_protocol(hint) and not issubclass(target, hint):
+        if (
+            inspect.isclass(hint)
+            and inspect.isclass(target)
+            and not _is_protocol(hint)
+            and not issubclass(target, hint)
+        ):
             yield f"{path}._target_={value['_target_']} is not a {hint.__name__}"
         yield from _call_problems(value, target, path=path)
         return

@@ -1,7 +1,7 @@
 """A student's answers: greedy decoding with the KV cache, held to the grammar of the tools shown or left free.
 
-A step whose mask leaves one token needs no model to be decided; such forced tokens (most of JSON's structure, the rest of a
-name) are gathered and fed to the decoder together. Answers do not depend on what else is in the batch.
+A step whose mask leaves one token needs no model to be decided; such forced tokens (most of JSON's structure, the rest
+of a name) are gathered and fed to the decoder together. Answers do not depend on what else is in the batch.
 """
 
 # B rows still decoding, S source tokens, V vocabulary
@@ -27,7 +27,8 @@ Request = tuple[str, Sequence[Tool]]
 
 @dataclass(frozen=True)
 class Decoded:
-    """`calls` is None when there is no usable answer; `error` says why. `confidence`: the student's probability of its answer."""
+    """`calls` is None when there is no usable answer; `error` says why. `confidence`: the student's probability of
+    its answer."""
 
     calls: list[ToolCall] | None
     text: str
@@ -74,7 +75,9 @@ class Decoder:
         for index, (query, tools) in enumerate(batch):
             prompt = self.codec.encode_prompt(query, tools)
             if self.max_source_tokens is not None and len(prompt) > self.max_source_tokens:
-                reason = f"the prompt has {len(prompt)} tokens, at most {self.max_source_tokens} are read: show fewer tools"
+                reason = (
+                    f"the prompt has {len(prompt)} tokens, at most {self.max_source_tokens} are read: show fewer tools"
+                )
                 answers[index] = Decoded(None, "", [], None, reason)
                 continue
             try:
@@ -157,7 +160,8 @@ class Decoder:
         row.done = token == EOS or len(row.answer) >= self.max_new_tokens
 
     def _append_forced(self, row: _Row) -> None:
-        """Tokens that the grammar leaves no choice about. A forced stop is left to the model's step, as any last token."""
+        """Tokens that the grammar leaves no choice about. A forced stop is left to the model's step, as any last
+        token."""
         mask = lln.allocate_token_bitmask(1, self.codec.vocab_size)
         while not row.done:
             lln.fill_next_token_bitmask(row.matcher, mask, 0)

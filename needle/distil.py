@@ -45,7 +45,8 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if self.rows_per_batch % self.rows_per_micro_batch:
             raise ValueError(
-                f"rows_per_batch={self.rows_per_batch} is not a multiple of rows_per_micro_batch={self.rows_per_micro_batch}"
+                f"rows_per_batch={self.rows_per_batch} is not a multiple of "
+                f"rows_per_micro_batch={self.rows_per_micro_batch}"
             )
         if self.rows_per_batch % self.devices:
             raise ValueError(f"rows_per_batch={self.rows_per_batch} does not divide among devices={self.devices}")
@@ -117,7 +118,9 @@ class Distillation(pl.LightningModule):
         if self.global_step % self.settings.log_every_steps == 0 or self.global_step == self.settings.steps:
             nats = torch.cat(detached)
             if not torch.isfinite(nats).all():
-                raise FloatingPointError(f"the loss is not finite at step {self.global_step}; lower optim.muon_lr or adamw_lr")
+                raise FloatingPointError(
+                    f"the loss is not finite at step {self.global_step}; lower optim.muon_lr or adamw_lr"
+                )
             self.last_loss_nats = float((nats * weights).sum() / weights.sum())
             record = {"train/loss_nats": self.last_loss_nats, "train/grad_norm": float(norm)}
             record |= {f"train/{name}": value for name, value in _by_span(nats, batch).items()}

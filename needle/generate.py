@@ -2,7 +2,8 @@
 
     python -m needle.generate
 
-Writes artifacts/corpus-HASH: train.jsonl, validation.jsonl, test.jsonl, unseen.jsonl, tools.json, quarantine.jsonl and a data card.
+Writes artifacts/corpus-HASH: train.jsonl, validation.jsonl, test.jsonl, unseen.jsonl, tools.json, quarantine.jsonl and
+a data card.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Muon for attention matrices, AdamW for the rest, as one optimizer; and the warmup-stable-decay schedule.
 
-torch.optim.Muon runs its Newton-Schulz iteration in bfloat16, matrix by matrix: right on a GPU, ruinous on a CPU. Here matrices
-of one shape are stacked and iterated together, in float32 on a CPU and bfloat16 on a GPU.
-Cost: 10 x min(n, m)^2 x (2 max(n, m) + min(n, m)) FLOPs a matrix and step, whatever the batch. At the batches that a CPU can
-afford this exceeds the gradient's own cost for whole matrices; head by head it is a tenth.
+torch.optim.Muon runs its Newton-Schulz iteration in bfloat16, matrix by matrix: right on a GPU, ruinous on a CPU. Here
+matrices of one shape are stacked and iterated together, in float32 on a CPU and bfloat16 on a GPU. Cost: 10 x min(n,
+m)^2 x (2 max(n, m) + min(n, m)) FLOPs a matrix and step, whatever the batch. At the batches that a CPU can afford this
+exceeds the gradient's own cost for whole matrices; head by head it is a tenth.
 """
 
 # M matrices of one shape, N rows, O columns
@@ -51,8 +51,8 @@ def orthogonalise_by_head(matrices_MNO: Tensor, *, heads: int, by_column: bool, 
 class MuonAdamW(torch.optim.Optimizer):
     """Groups with `kind="muon"` hold matrices of `heads` parts, cut `by_column` or by row; `kind="adamw"` anything.
 
-    Muon (Jordan et al. 2024) steps by the orthogonalised Nesterov momentum, scaled by sqrt(max(1, rows / columns)), so one
-    rate serves every shape. AdamW after Loshchilov & Hutter 2019.
+    Muon (Jordan et al. 2024) steps by the orthogonalised Nesterov momentum, scaled by sqrt(max(1, rows / columns)), so
+    one rate serves every shape. AdamW after Loshchilov & Hutter 2019.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):
@@ -164,4 +164,3 @@ class OptimSettings:
         decay_steps = self.decay_frac * total_steps
         left = (total_steps - step) / decay_steps if decay_steps else 1.0
         return max(0.0, min(warm, left, 1.0))
-

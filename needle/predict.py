@@ -2,9 +2,9 @@
 
     python -m needle.predict checkpoint=RUN_OR_FOLDER input=in.jsonl output=out.jsonl
 
-A line `{"id", "query", "tools"}` becomes `{"id", "calls", "confidence"}`, in the same order; a line that cannot be answered
-becomes `{"id", "error"}`, and the exit status is 1 when there was one. Tools are JSON Schema, bare or in OpenAI's wrapping. `-`
-is standard input or output. The output appears under its name when it is whole.
+A line `{"id", "query", "tools"}` becomes `{"id", "calls", "confidence"}`, in the same order; a line that cannot be
+answered becomes `{"id", "error"}`, and the exit status is 1 when there was one. Tools are JSON Schema, bare or in
+OpenAI's wrapping. `-` is standard input or output. The output appears under its name when it is whole.
 """
 
 import json

@@ -2,8 +2,9 @@
 
     python -m needle.prepare data=default
 
-Writes artifacts/shards-HASH: train/ and validation/ token arrays, tokenizer.json, and validation.jsonl, test.jsonl, unseen.jsonl, the
-fixed evaluation suites. Nothing of validation, test or unseen domains reaches the tokenizer or the training arrays.
+Writes artifacts/shards-HASH: train/ and validation/ token arrays, tokenizer.json, and validation.jsonl, test.jsonl,
+unseen.jsonl, the fixed evaluation suites. Nothing of validation, test or unseen domains reaches the tokenizer or the
+training arrays.
 """
 
 import json
@@ -107,7 +108,11 @@ def _texts(data: DataSettings, mixer: Mixer) -> Iterator[str]:
 
 
 def _encode(codec: TextCodec, example: Example) -> Encoded:
-    return (example.id, codec.encode_prompt(example.query, example.tools), *codec.encode_target(example.calls, example.tools))
+    return (
+        example.id,
+        codec.encode_prompt(example.query, example.tools),
+        *codec.encode_target(example.calls, example.tools),
+    )
 
 
 def _encode_training(mixer: Mixer, codec: TextCodec, parts: int, part: int) -> list[Encoded]:

@@ -42,7 +42,7 @@ class Progress:
         if self._first is None:
             self._first = (now, done)
         tenth = 10 * done // max(total, 1)
-        if tenth > self._printed or done >= total > 0 and self._printed < 10:
+        if tenth > self._printed or (done >= total > 0 and self._printed < 10):
             self._printed = tenth
             started, at = self._first
             left_s = (now - started) / max(done - at, 1) * (total - done)

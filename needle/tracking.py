@@ -47,7 +47,8 @@ class WandbTracking:
             id=run.folder.name,
             save_dir=str(run.folder),
             offline=self.mode == "offline",
-            config={key: value for key, value in cfg.items() if not key.startswith("_")} | {"choices": cfg["_choices_"]},
+            config={key: value for key, value in cfg.items() if not key.startswith("_")}
+            | {"choices": cfg["_choices_"]},
             resume="allow",
         )
         _ = logger.experiment  # starts the run now: a failure to start belongs before the training, not into it

@@ -4,8 +4,9 @@
     python -m needle.train --multirun loss=hard_label,forward_kl seed=0,1,2 teacher=checkpoint
     python -m needle.train resume=runs/train/NAME
 
-Ends with runs/train/NAME/model/ (safetensors). Ctrl-C finishes the step, writes a checkpoint and says how to go on; after a
-kill the last checkpoint is continued and the trace of losses is the one that the uninterrupted run would have had.
+Ends with runs/train/NAME/model/ (safetensors). Ctrl-C finishes the step, writes a checkpoint and says how to go on;
+after a kill the last checkpoint is continued and the trace of losses is the one that the uninterrupted run would have
+had.
 """
 
 import signal
@@ -77,15 +78,27 @@ def main(
 ) -> None:
     if resume is not None:
         run = reopen(resume)
-        settings = {key: config.build(value) for key, value in run.config.items() if not key.startswith("_")}
+        settings = config.build_settings(run.config, main.stage_function)
         _train(run.config, run=run, checkpoint=newest_checkpoint(run.folder / "checkpoints"), **settings)
         return
     _train(
         cfg,
         run=None,
         checkpoint=None,
-        **dict(name=name, teacher=teacher, data=data, student=student, loss=loss, weighting=weighting, optim=optim),
-        **dict(trainer=trainer, logger=logger, paths=paths, initial=initial, resume=None, samples=samples, seed=seed),
+        name=name,
+        teacher=teacher,
+        data=data,
+        student=student,
+        loss=loss,
+        weighting=weighting,
+        optim=optim,
+        trainer=trainer,
+        logger=logger,
+        paths=paths,
+        initial=initial,
+        resume=resume,
+        samples=samples,
+        seed=seed,
     )
 
 
@@ -140,9 +153,7 @@ def _train(
             window_examples=data.packing.window_examples,
             seed=seed,
         )
-        module = Distillation(
-            student=model, loss=loss, weighting=weighting, optim=optim, settings=trainer, run=run
-        )
+        module = Distillation(student=model, loss=loss, weighting=weighting, optim=optim, settings=trainer, run=run)
         stopped = _fit(module, packed, cfg, checkpoint=checkpoint, logger=logger, run=run)
         if stopped:
             print(f"stopped at step {module.global_step}; continue with: python -m needle.train resume={run.folder}")
@@ -165,7 +176,8 @@ def _initial_student(
     model, its_codec = load(Path(initial))
     if artifacts.hash_file(Path(initial) / "tokenizer.json") != artifacts.hash_file(shards / "tokenizer.json"):
         raise DataError(
-            f"initial={initial} was trained with another tokenizer than {shards}; prepare with data.text.tokenizer={initial}"
+            f"initial={initial} was trained with another tokenizer than {shards}; prepare with "
+            f"data.text.tokenizer={initial}"
         )
     wanted = student.build(vocab_size=codec.vocab_size).config.to_diff_dict()
     differing = [key for key, value in wanted.items() if key in vars(student) and getattr(model.config, key) != value]

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-SLICE = ["data.split.domains=[timers_alarms,weather_environment,notes,calendar]", "data.copies_per_request=1", "data.text.vocab_size=600"]
+SLICE = [
+    "data.split.domains=[timers_alarms,weather_environment,notes,calendar]",
+    "data.copies_per_request=1",
+    "data.text.vocab_size=600",
+]
 STUDENT = ["student=san_nano", "student.width=32", "student.heads=2", "student.kv_heads=1", "student.encoder_layers=1"]
 STUDENT += ["student.decoder_layers=1", "student.copy_width=8"]
 SMALL = ["trainer=fast", "trainer.steps=24", "trainer.checkpoint_every_steps=8", "trainer.validate_every_steps=12"]
@@ -18,7 +22,9 @@ SMALL += ["trainer.log_every_steps=1", "samples=2"]
 
 
 def needle(stage: str, *overrides: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(_command(stage, *overrides, folder=folder), capture_output=True, text=True, check=False, **kwargs)
+    return subprocess.run(
+        _command(stage, *overrides, folder=folder), capture_output=True, text=True, check=False, **kwargs
+    )
 
 
 def _command(stage: str, *overrides: str, folder: Path) -> list[str]:
@@ -149,7 +155,9 @@ def test_a_users_mistake_is_told_in_one_message(workplace: Path, overrides: list
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_loses_no_checkpoint(workplace: Path, tmp_path_factory: pytest.TempPathFactory):
     small = tmp_path_factory.mktemp("small_disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("mounting is not permitted here")
     try:

@@ -1,4 +1,5 @@
-"""Reads the recorded teacher's corpus: DOMAIN.tools.json and DOMAIN.jsonl, every record checked, bad ones quarantined."""
+"""Reads the recorded teacher's corpus: DOMAIN.tools.json and DOMAIN.jsonl, every record checked, bad ones
+quarantined."""
 
 import hashlib
 import json
@@ -30,7 +31,9 @@ def load(folder: Path) -> Catalogue:
     files = sorted(folder.glob("*.tools.json"))
     if not files:
         raise DataError(f"{folder} holds no DOMAIN.tools.json: it is not a recorded teacher's corpus")
-    orphans = {p.name.removesuffix(".jsonl") for p in folder.glob("*.jsonl")} - {p.name.removesuffix(".tools.json") for p in files}
+    orphans = {p.name.removesuffix(".jsonl") for p in folder.glob("*.jsonl")} - {
+        p.name.removesuffix(".tools.json") for p in files
+    }
     if orphans:
         raise DataError(f"{folder}: {sorted(orphans)[0]}.jsonl has no {sorted(orphans)[0]}.tools.json beside it")
     for path in files:
@@ -38,7 +41,10 @@ def load(folder: Path) -> Catalogue:
         _load_domain(catalogue, domain, path, folder / f"{domain}.jsonl")
     bad, all_ = len(catalogue.quarantine), len(catalogue.quarantine) + len(catalogue.examples)
     if bad > MANY_BAD_FRAC * all_:
-        print(f"warning: {bad} of {all_} records are quarantined; first: {catalogue.quarantine[0].reason}", file=sys.stderr)
+        print(
+            f"warning: {bad} of {all_} records are quarantined; first: {catalogue.quarantine[0].reason}",
+            file=sys.stderr,
+        )
     return catalogue
 
 

@@ -1,4 +1,5 @@
-"""Which other tools stand beside the right ones: from the same domain (hard) or another (easy), none that could serve too."""
+"""Which other tools stand beside the right ones: from the same domain (hard) or another (easy), none that could serve
+too."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,9 @@ class ToolPool:
     def __init__(self, tools: Mapping[str, Sequence[Tool]]):
         self.tools = [tool for domain in tools.values() for tool in domain]
         self.domains = [name for name, domain in tools.items() for _ in domain]
-        self.index = {(domain, tool.name): i for i, (domain, tool) in enumerate(zip(self.domains, self.tools, strict=True))}
+        self.index = {
+            (domain, tool.name): i for i, (domain, tool) in enumerate(zip(self.domains, self.tools, strict=True))
+        }
         self.of_domain = {
             name: np.array([i for i, other in enumerate(self.domains) if other == name]) for name in tools
         }

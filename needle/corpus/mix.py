@@ -40,8 +40,11 @@ class Mixer:
             yield varied.replace(id=f"{example.id}-{copy}", split="train")
 
 
-def evaluation(examples: Sequence[Example], tools: Mapping[str, Sequence[Tool]], settings: "DataSettings") -> list[Example]:
-    """Each request once, with distractors from `tools` and nothing else changed; the same for every student and seed."""
+def evaluation(
+    examples: Sequence[Example], tools: Mapping[str, Sequence[Tool]], settings: "DataSettings"
+) -> list[Example]:
+    """Each request once, with distractors from `tools` and nothing else changed; the same for every student and
+    seed."""
     pool = ToolPool(tools)
     rule = settings.evaluation
     shown = []

@@ -7,15 +7,42 @@ import numpy as np
 
 from needle.schema import Example, Tool, ToolCall
 
-_SYNONYMS = (
-    ("create", "add", "make", "new"), ("delete", "remove", "erase"), ("get", "fetch", "show", "retrieve"), ("set", "change", "update"),
-    ("find", "search", "lookup"), ("start", "begin", "launch"), ("stop", "end", "halt"), ("send", "dispatch"), ("list", "enumerate"),
-    ("open", "access"), ("cancel", "revoke"), ("book", "reserve"), ("check", "inspect", "verify"), ("calculate", "compute", "work_out"),
-    ("convert", "translate_units"), ("schedule", "plan"), ("turn", "switch"), ("play", "put_on"), ("report", "file"), ("adjust", "tweak"),
-    ("name", "label"), ("title", "heading"), ("date", "day"), ("location", "place"), ("amount", "quantity"), ("message", "text"),
-    ("query", "term"), ("duration", "length"), ("time", "moment"), ("recipient", "to"), ("city", "town"), ("note", "remark"),
-)  # fmt: skip
-_GROUPS = {word: group for group in _SYNONYMS for word in group}
+# Words of names that may stand for one another, a group a line.
+_SYNONYMS = """
+create add make new
+delete remove erase
+get fetch show retrieve
+set change update
+find search lookup
+start begin launch
+stop end halt
+send dispatch
+list enumerate
+open access
+cancel revoke
+book reserve
+check inspect verify
+calculate compute work_out
+convert translate_units
+schedule plan
+turn switch
+play put_on
+report file
+adjust tweak
+name label
+title heading
+date day
+location place
+amount quantity
+message text
+query term
+duration length
+time moment
+recipient to
+city town
+note remark
+"""
+_GROUPS = {word: tuple(line.split()) for line in _SYNONYMS.strip().splitlines() for word in line.split()}
 _STYLES = ("snake", "camel", "pascal", "kebab", "dotted", "scream")
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz0123456789"))
 
@@ -33,8 +60,8 @@ def rename(
 ) -> Example:
     """Applies each change with its probability; one naming style serves all tools of the example.
 
-    An opaque tool name keeps its description, and an opaque parameter stands only where the tool has a single one, since
-    a student could not know what it means otherwise.
+    An opaque tool name keeps its description, and an opaque parameter stands only where the tool has a single one,
+    since a student could not know what it means otherwise.
     """
     style = _STYLES[int(rng.integers(len(_STYLES)))] if rng.random() < max(tools, parameters) else None
     hide_names = rng.random() < opaque

@@ -35,8 +35,8 @@ def pack(
     if shares_N2.max() > 1:
         worst = int(shares_N2.max(axis=1).argmax())
         raise ValueError(
-            f"an example of {source_lengths_N[worst]} source and {target_lengths_N[worst]} target tokens does not fit a "
-            f"row of {source_row_tokens} and {target_row_tokens}"
+            f"an example of {source_lengths_N[worst]} source and {target_lengths_N[worst]} target tokens does not fit "
+            f"a row of {source_row_tokens} and {target_row_tokens}"
         )
     rows: list[list[int]] = []
     waiting = np.arange(len(shares_N2))
@@ -59,8 +59,8 @@ def collate(
     """A batch of packed rows.
 
     Returns:
-        source_ids_RS, source_segments_RS, decoder_ids_RT, target_segments_RT, labels_RT (-100 for padding), spans_RT, and
-        with signals teacher_ids_RTK and teacher_log_probs_RTK (nats). Segments count from 1; 0 is padding.
+        source_ids_RS, source_segments_RS, decoder_ids_RT, target_segments_RT, labels_RT (-100 for padding), spans_RT,
+        and with signals teacher_ids_RTK and teacher_log_probs_RTK (nats). Segments count from 1; 0 is padding.
     """
     shape_S, shape_T = (len(rows), source_row_tokens), (len(rows), target_row_tokens)
     source, source_segments = np.full(shape_S, PAD, np.int64), np.zeros(shape_S, np.int64)
@@ -155,7 +155,9 @@ class PackedBatches:
             epoch += 1
 
 
-def padding_frac(rows: Sequence[Sequence[int]], shard: Shard, *, source_row_tokens: int, target_row_tokens: int) -> dict[str, float]:
+def padding_frac(
+    rows: Sequence[Sequence[int]], shard: Shard, *, source_row_tokens: int, target_row_tokens: int
+) -> dict[str, float]:
     """Share of slots that hold no token: of source rows, of target rows, and of both together."""
     packed = [index for row in rows for index in row]
     used_S, used_T = int(shard.source_lengths_N[packed].sum()), int(shard.target_lengths_N[packed].sum())

@@ -14,7 +14,8 @@ Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class TextSettings:
-    """`tokenizer`: a folder whose tokenizer is taken; null: one of `vocab_size` pieces is trained on the train split."""
+    """`tokenizer`: a folder whose tokenizer is taken; null: one of `vocab_size` pieces is trained on the train
+    split."""
 
     style: Literal["signature", "json"]
     vocab_size: Annotated[int, Field(ge=300, le=65536)]

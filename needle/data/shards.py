@@ -1,7 +1,8 @@
 """Token shards on disk: one flat array a field, memory-mapped, with offsets; example `i` is a slice of each.
 
-A split's folder holds source.npy, target.npy (uint16), spans.npy (uint8), source_offsets.npy, target_offsets.npy (int64) and
-keys.npy (uint64, hashes that name the examples across shards). Teacher signals lie in a folder of their own, aligned to target.npy.
+A split's folder holds source.npy, target.npy (uint16), spans.npy (uint8), source_offsets.npy, target_offsets.npy
+(int64) and keys.npy (uint64, hashes that name the examples across shards). Teacher signals lie in a folder of their
+own, aligned to target.npy.
 """
 
 # N examples, X target tokens of all examples, K stored teacher tokens
@@ -85,8 +86,8 @@ class Shard:
             raise DataError(f"{folder} is inconsistent: offsets do not end where the tokens do; prepare it again")
         if signals is not None and len(signals.ids_XK) != len(shard.target):
             raise DataError(
-                f"{signals_folder} has signals for {len(signals.ids_XK)} target tokens, {folder} has {len(shard.target)}: "
-                "they belong to other shards; run needle.signals again"
+                f"{signals_folder} has signals for {len(signals.ids_XK)} target tokens, {folder} has "
+                f"{len(shard.target)}: they belong to other shards; run needle.signals again"
             )
         return shard
 
@@ -100,7 +101,6 @@ class Shard:
     @property
     def target_lengths_N(self) -> np.ndarray:
         return np.diff(self.target_offsets)
-
 
 
 def _load(path: Path) -> np.ndarray:

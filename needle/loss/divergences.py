@@ -38,10 +38,11 @@ def forward_kl_topk(*, student_log_probs_RTV: Tensor, teacher_ids_RTK: Tensor, t
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """mix * temperature^2 * KL(p_teacher || p_student) + (1 - mix) * -log p_student(label) (Hinton et al. 2015), in nats.
+    """mix * temperature^2 * KL(p_teacher || p_student) + (1 - mix) * -log p_student(label) (Hinton et al. 2015), in
+    nats.
 
-    Both distributions are at `temperature`; the factor keeps the gradient's size when it changes. The teacher's must have
-    been stored at that temperature, since a truncated distribution cannot be re-tempered.
+    Both distributions are at `temperature`; the factor keeps the gradient's size when it changes. The teacher's must
+    have been stored at that temperature, since a truncated distribution cannot be re-tempered.
     """
 
     temperature: Annotated[float, Field(gt=0)]

@@ -1,4 +1,5 @@
-"""Cross-entropy with the teacher's answer: the undistilled baseline, and sequence-level distillation (Kim & Rush 2016)."""
+"""Cross-entropy with the teacher's answer: the undistilled baseline, and sequence-level distillation (Kim & Rush
+2016)."""
 
 # R rows, T target tokens, V vocabulary
 

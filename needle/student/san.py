@@ -1,8 +1,8 @@
 """The Simple Attention Network: an encoder-decoder of attention layers only, as a transformers model.
 
-Grouped-query attention with rotary positions and QK-norm, zero-centred RMSNorm, gated residuals, one tied embedding, and
-(switchable) a copy head that mixes the vocabulary's distribution with one over the source tokens. With
-`ffn_width > 0` every layer gets a SwiGLU feed-forward part, for ablation. Sizes: conf/student/.
+Grouped-query attention with rotary positions and QK-norm, zero-centred RMSNorm, gated residuals, one tied embedding,
+and (switchable) a copy head that mixes the vocabulary's distribution with one over the source tokens. With `ffn_width
+> 0` every layer gets a SwiGLU feed-forward part, for ablation. Sizes: conf/student/.
 
 Cost: base (26.2M) trains at about 7 x parameters FLOPs a token; see `python -m needle.bench`.
 """
@@ -12,7 +12,7 @@ Cost: base (26.2M) trains at about 7 x parameters FLOPs a token; see `python -m 
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,9 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(positions_T: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each [T, E/2] (Su et al. 2021)."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width)
+    frequencies = theta ** (
+        -torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width
+    )
     angles = positions_T.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -245,7 +247,9 @@ class DecoderLayer(nn.Module):
             if cache is not None:
                 keys, values = cache.cross_attention_cache.update(keys, values, self.index)
                 cache.is_updated[self.index] = True
-        x = self.cross_residual.add(x, self.cross_attention(self.cross_residual.norm(x), keys, values, cross_mask, None))
+        x = self.cross_residual.add(
+            x, self.cross_attention(self.cross_residual.norm(x), keys, values, cross_mask, None)
+        )
         if self.feed_forward is not None:
             x = self.feed_forward_residual.add(x, self.feed_forward(self.feed_forward_residual.norm(x)))
         return x
@@ -344,7 +348,7 @@ class SANEncoder(SANPreTrainedModel):
 class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
     """The student. Logits are log-probabilities when the copy head is on, so every loss may treat them alike."""
 
-    _tied_weights_keys = {"encoder.embedding.weight": "embedding.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"encoder.embedding.weight": "embedding.weight"}
 
     def __init__(self, config: SANConfig):
         super().__init__(config)
@@ -417,7 +421,11 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
             target_segments = target_segments_BT
         positions = torch.arange(past, past + length, device=memory.device)
         causal = positions[:, None] >= torch.arange(past + length, device=memory.device)
-        self_mask = causal[None, None] if target_segments_BT is None else causal & _same_segment(target_segments, target_segments)
+        self_mask = (
+            causal[None, None]
+            if target_segments_BT is None
+            else causal & _same_segment(target_segments, target_segments)
+        )
         cross_mask = _same_segment(target_segments, source_segments)
 
         angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
@@ -427,7 +435,9 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         x = self.norm(x)
         logits = F.linear(x, self.embedding.weight)
         if self.copy_head is not None:
-            logits = self.copy_head(x, logits, encoder_outputs.copy_keys, encoder_outputs.source_ids, cross_mask.squeeze(1))
+            logits = self.copy_head(
+                x, logits, encoder_outputs.copy_keys, encoder_outputs.source_ids, cross_mask.squeeze(1)
+            )
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100)

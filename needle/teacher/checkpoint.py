@@ -22,7 +22,8 @@ from needle.errors import DataError
 
 @dataclass(frozen=True)
 class CheckpointTeacher:
-    """`checkpoint`: a student's folder. `top_k`: stored tokens a position. `temperature`: of the stored distribution."""
+    """`checkpoint`: a student's folder. `top_k`: stored tokens a position. `temperature`: of the stored
+    distribution."""
 
     checkpoint: Path
     top_k: Annotated[int, Field(ge=1, le=65536)]
@@ -65,7 +66,8 @@ class CheckpointTeacher:
         target_row_tokens: int,
         progress: Callable[[int, int], None],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (uint16) and log-probabilities in nats (float32) of the top_k tokens at every target token: [X, K] each."""
+        """Ids (uint16) and log-probabilities in nats (float32) of the top_k tokens at every target token: [X, K]
+        each."""
         shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
         rows = pack(shard.source_lengths_N, shard.target_lengths_N, **shape)
         ids_XK = np.zeros((len(shard.target), self.top_k), np.uint16)

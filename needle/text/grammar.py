@@ -1,7 +1,8 @@
 """The grammar of an answer: exactly the JSON calls that the tools shown allow, in the form that `render_calls` writes.
 
-Built with llguidance from one JSON Schema of the whole answer. Names, keys, types, enums, required and nested parameters are
-enforced; arguments come in the order of the tool's schema; every string value opens with the one space of `render`.
+Built with llguidance from one JSON Schema of the whole answer. Names, keys, types, enums, required and nested
+parameters are enforced; arguments come in the order of the tool's schema; every string value opens with the one space
+of `render`.
 """
 
 import re
@@ -22,7 +23,8 @@ FREE_STRING = {"type": "string", "pattern": "^ (?s:.*)$"}
 _FORMATS = {
     "date": r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])",
     "time": r"([01][0-9]|2[0-3]):[0-5][0-9](:[0-5][0-9](\.[0-9]+)?)?(Z|[+-][0-9]{2}:[0-9]{2})?",
-    "date-time": r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
+    "date-time": r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+    r"T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
     "email": r"[^@\s\"\\]+@[^@\s\"\\]+\.[^@\s\"\\]+",
     "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
 }  # fmt: skip
@@ -55,7 +57,9 @@ class AnswerGrammar:
     def _compile(self, tools: Sequence[Tool]) -> llguidance.LLMatcher:
         problem = ""
         for loose in (False, True):
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(canonical_schema(tools, self.max_calls, loose=loose))
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                canonical_schema(tools, self.max_calls, loose=loose)
+            )
             matcher = llguidance.LLMatcher(self.tokens, grammar, log_level=0)
             if not matcher.is_error():
                 return matcher
@@ -68,7 +72,10 @@ def canonical_schema(tools: Sequence[Tool], max_calls: int, *, loose: bool) -> d
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool.name}, "arguments": _object(tool.parameters, tool.parameters, loose, 0)},
+            "properties": {
+                "name": {"const": tool.name},
+                "arguments": _object(tool.parameters, tool.parameters, loose, 0),
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }

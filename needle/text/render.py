@@ -94,7 +94,8 @@ def _signature(tool: Tool) -> str:
 def _fields(schema: Mapping[str, Any]) -> str:
     required = set(schema.get("required", ()))
     return ",".join(
-        f"{key}{'' if key in required else '?'}:{_type_name(child)}" for key, child in schema.get("properties", {}).items()
+        f"{key}{'' if key in required else '?'}:{_type_name(child)}"
+        for key, child in schema.get("properties", {}).items()
     )
 
 

@@ -1,7 +1,7 @@
 """Text <-> tokens: a byte-level BPE in which digits and JSON structure are single tokens, and spans carried along.
 
-Structure strings such as `","arguments":{"` are ordinary vocabulary entries that the pre-tokeniser isolates, so a call costs
-few steps and a grammar sees plain text. Control tokens exist only as ids that this module places itself: typed
+Structure strings such as `","arguments":{"` are ordinary vocabulary entries that the pre-tokeniser isolates, so a call
+costs few steps and a grammar sees plain text. Control tokens exist only as ids that this module places itself: typed
 inside a request they are text.
 """
 
@@ -21,9 +21,9 @@ PAD, BOS, EOS, TOOLS, QUERY = range(len(SPECIALS))
 
 # What render_calls puts between names, keys and values. A value's own quote may be followed by any of the closers.
 STRUCTURES = (
-    '[{"name":"', '","arguments":{"', '","arguments":{}}]', '","arguments":{}},{"name":"', '":"', '":', '":["', '":[', '":{"',
-    '","', ',"', '"}}]', '"}},{"name":"', '}}]', '}},{"name":"', '"]}}]', '"]}},{"name":"', ']}}]', ']}},{"name":"', '"],"', '],"',
-    '"},"', '},"', '"}]', '"},{"', '},{"', "[]",
+    '[{"name":"', '","arguments":{"', '","arguments":{}}]', '","arguments":{}},{"name":"', '":"', '":', '":["', '":[',
+    '":{"', '","', ',"', '"}}]', '"}},{"name":"', '}}]', '}},{"name":"', '"]}}]', '"]}},{"name":"', ']}}]',
+    ']}},{"name":"', '"],"', '],"', '"},"', '},"', '"}]', '"},{"', '},{"', "[]",
 )  # fmt: skip
 # Splits camelCase humps, keeps one leading space on a word, isolates digits, punctuation and whitespace one by one.
 _WORDS = r" ?\p{Lu}?\p{Ll}+| ?\p{Lu}+(?!\p{Ll})| ?\p{L}| ?[^\s\p{L}\p{N}]|\p{N}|\s"
@@ -31,7 +31,7 @@ _WORDS = r" ?\p{Lu}?\p{Ll}+| ?\p{Lu}+(?!\p{Ll})| ?\p{L}| ?[^\s\p{L}\p{N}]|\p{N}|
 
 def _pattern() -> Regex:
     structures = sorted(STRUCTURES, key=len, reverse=True)
-    escaped = ("".join("\\" + c if c in r'[]{}()|.*+?^$\"' else c for c in s) for s in structures)
+    escaped = ("".join("\\" + c if c in r"[]{}()|.*+?^$\"" else c for c in s) for s in structures)
     return Regex("|".join([*escaped, _WORDS]))
 
 
@@ -45,8 +45,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     given = [*SPECIALS, *(piece for piece in STRUCTURES if len(piece) > 1)]
     learner = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(_pattern(), behavior="isolated")
-    learner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
     ranked = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
