@@ -4,6 +4,7 @@ An example on disk is one JSON object a line: `id, query, tools, calls, kind, do
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -18,6 +19,35 @@ SCHEMA_VERSION = 1
 KINDS = ("single", "multi", "repeat", "implicit", "disfluent", "garbled", "none", "near_miss", "no_tools")
 EMPTY_KINDS = frozenset({"none", "near_miss", "no_tools"})
 SPLITS = ("train", "validation", "test", "unseen")
+
+
+def strict_json(text: str) -> Any:
+    """`json.loads` of what every reader accepts and every writer can write again.
+
+    Raises:
+        ValueError: not JSON, NaN or Infinity, half of a surrogate pair, a number too long, or nested too deep.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a surrogate pair, {error.object[error.start]!r}, is no character") from error
+    return value
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large for a float")
+    return value
 
 
 def canonical_json(value: Any) -> str:
@@ -151,10 +181,13 @@ def call_problems(call: ToolCall, tools: Mapping[str, Tool]) -> list[str]:
     if tool is None:
         return [f"call of unknown tool {call.name!r}"]
     validator = _validator(canonical_json(tool.parameters))
-    return [
-        f"{call.name}.{'.'.join(map(str, error.absolute_path)) or '*'}: {error.message[:160]}"
-        for error in validator.iter_errors(call.arguments)
-    ]
+    try:
+        return [
+            f"{call.name}.{'.'.join(map(str, error.absolute_path)) or '*'}: {error.message[:160]}"
+            for error in validator.iter_errors(call.arguments)
+        ]
+    except Exception as error:  # a $ref that leads nowhere or to itself; jsonschema has no public class for it
+        return [f"{call.name}: its schema cannot be followed: {str(error)[:160]}"]
 
 
 @lru_cache(maxsize=8192)
@@ -166,10 +199,24 @@ def _schema_problem(parameters_json: str) -> str | None:
         jsonschema.Draft202012Validator.check_schema(schema)
     except jsonschema.SchemaError as error:
         return f"parameters are not a JSON Schema: {error.message[:160]}"
+    remote = [target for target in _references(schema) if not target.startswith("#")]
+    if remote:  # jsonschema would fetch it over the network
+        return f"$ref {remote[0]!r} leads out of the parameters; put what it names under $defs"
     missing = [name for name in schema.get("required", ()) if name not in schema.get("properties", {})]
     if missing and schema.get("additionalProperties", False) is False:
         return f"required parameter {missing[0]!r} is not among the properties"
     return None
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        for key, child in schema.items():
+            if key in ("$ref", "$dynamicRef") and isinstance(child, str):
+                yield child
+            yield from _references(child)
+    elif isinstance(schema, list):
+        for child in schema:
+            yield from _references(child)
 
 
 @lru_cache(maxsize=8192)
@@ -207,11 +254,11 @@ def read_stream(stream: BinaryIO, name: str) -> Iterator[tuple[int, Any | BadLin
             if not raw.strip():
                 continue
             try:
-                yield number, json.loads(raw.decode("utf-8"))
+                yield number, strict_json(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
                 yield number, BadLine(name, number, reason, raw.decode("utf-8", "backslashreplace").rstrip("\n"))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except ValueError as error:
                 cut = "" if raw.endswith(b"\n") else " (the last line has no end: was the file cut off?)"
                 reason = f"not JSON: {error}{cut}"
                 yield number, BadLine(name, number, reason, raw.decode("utf-8").rstrip("\n"))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from needle.schema import Tool, ToolCall
+from needle.schema import Tool, ToolCall, strict_json
 
 STYLES = ("signature", "json")
 _SHORT_TYPES = {"string": "str", "integer": "int", "number": "num", "boolean": "bool", "object": "obj", "null": "null"}
@@ -76,7 +76,7 @@ def parse_calls(text: str) -> list[ToolCall]:
         ValueError: the text is not JSON, or not a list of `{"name", "arguments"}`.
     """
     try:
-        records = json.loads(text)
+        records = strict_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
     if not isinstance(records, list):
