@@ -88,13 +88,13 @@ def parse_calls(text: str) -> list[ToolCall]:
 def _signature(tool: Tool) -> str:
     fields = _fields(tool.parameters)
     description = " ".join(tool.description.split())
-    return f"{tool.name}({fields})" + (f" {description}" if description else "")
+    return f"{_escaped(tool.name)}({fields})" + (f" {description}" if description else "")
 
 
 def _fields(schema: Mapping[str, Any]) -> str:
     required = set(schema.get("required", ()))
     return ",".join(
-        f"{key}{'' if key in required else '?'}:{_type_name(child)}"
+        f"{_escaped(key)}{'' if key in required else '?'}:{_type_name(child)}"
         for key, child in schema.get("properties", {}).items()
     )
 
@@ -104,7 +104,7 @@ def _type_name(schema: Any) -> str:
         return "any"
     if "enum" in schema or "const" in schema:
         members = schema["enum"] if "enum" in schema else [schema["const"]]
-        return "|".join(f" {m}" if isinstance(m, str) else json.dumps(m) for m in members)
+        return "|".join(f" {_escaped(m)}" if isinstance(m, str) else json.dumps(m) for m in members)
     for union in ("anyOf", "oneOf"):
         if union in schema:
             return "/".join(_type_name(option) for option in schema[union])
@@ -116,7 +116,7 @@ def _type_name(schema: Any) -> str:
     if kind == "object" and schema.get("properties"):
         return "{" + _fields(schema) + "}"
     name = _SHORT_TYPES.get(kind or "", "any")
-    return f"{name}:{schema['format']}" if "format" in schema else name
+    return f"{name}:{_escaped(schema['format'])}" if "format" in schema else name
 
 
 def _value(value: Any, schema: Any) -> Iterator[Segment]:
@@ -153,14 +153,14 @@ def _escaped(text: str) -> str:
 def _merged(pieces: Iterable[Segment]) -> Iterator[Segment]:
     """Joins neighbours of one span, so that `"},{"name":"` reaches the tokenizer whole; drops empty segments."""
     text, span = "", None
-    for piece in pieces:
+    for piece in (piece for piece in pieces if piece.text):
         if piece.span == span:
             text += piece.text
         else:
-            if text and span is not None:
+            if span is not None:
                 yield Segment(text, span)
             text, span = piece
-    if text and span is not None:
+    if span is not None:
         yield Segment(text, span)
 
 
