@@ -140,6 +140,7 @@ BENCH_TOOLS = tuple(
     )
     for thing in ("light", "heating", "volume", "blind")
 )
+BENCH_TEXTS = [" ".join(f"w{number:x}" for number in range(start, start + 8)) for start in range(0, 20000, 4)]
 BENCH_REQUEST = "turn the heating in the upstairs bathroom to 21 and dim the light in the hall"
 
 
@@ -164,7 +165,8 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = student.build(vocab_size=vocab_size)
+    codec = TextCodec(train_tokenizer(BENCH_TEXTS, vocab_size=vocab_size), "signature")
+    model = student.build(codec)
     figures: dict[str, Any] = {
         "student": student.name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -179,7 +181,6 @@ def main(
         seconds = median_seconds(partial(part, data), warmup=warmup, repeats=repeats)
         figures[f"{name}_s"] = round(seconds, 4)
     figures["training_tokens_per_s"] = round(tokens / figures["whole_step_s"], 1)
-    codec = TextCodec(train_tokenizer([BENCH_REQUEST], vocab_size=300), "signature")
     rate = decoding_rate(model.eval(), codec, new_tokens=decode_tokens, repeats=repeats)
     figures["decoding_tokens_per_s"] = round(rate, 1)
     for name, value in figures.items():

@@ -172,14 +172,14 @@ def _initial_student(
 ) -> tuple[SANForConditionalGeneration, TextCodec]:
     codec = TextCodec.load(shards)
     if initial is None:
-        return student.build(vocab_size=codec.vocab_size).train(), codec
+        return student.build(codec).train(), codec
     model, its_codec = load(Path(initial))
     if artifacts.hash_file(Path(initial) / "tokenizer.json") != artifacts.hash_file(shards / "tokenizer.json"):
         raise DataError(
             f"initial={initial} was trained with another tokenizer than {shards}; prepare with "
             f"data.text.tokenizer={initial}"
         )
-    wanted = student.build(vocab_size=codec.vocab_size).config.to_diff_dict()
+    wanted = student.build(codec).config.to_diff_dict()
     differing = [key for key, value in wanted.items() if key in vars(student) and getattr(model.config, key) != value]
     if differing:
         key = differing[0]

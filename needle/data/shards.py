@@ -84,6 +84,16 @@ class Shard:
         shard = Shard(**arrays, signals=signals)
         if shard.source_offsets[-1] != len(shard.source) or shard.target_offsets[-1] != len(shard.target):
             raise DataError(f"{folder} is inconsistent: offsets do not end where the tokens do; prepare it again")
+        if len(shard.spans) != len(shard.target):
+            raise DataError(
+                f"{folder} is inconsistent: {len(shard.spans)} spans for {len(shard.target)} target tokens; prepare it "
+                "again"
+            )
+        if signals is not None and signals.ids_XK.shape != signals.log_probs_XK.shape:
+            raise DataError(
+                f"{signals_folder} is inconsistent: ids of shape {signals.ids_XK.shape}, log-probabilities of "
+                f"{signals.log_probs_XK.shape}; run needle.signals again"
+            )
         if signals is not None and len(signals.ids_XK) != len(shard.target):
             raise DataError(
                 f"{signals_folder} has signals for {len(signals.ids_XK)} target tokens, {folder} has "

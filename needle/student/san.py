@@ -22,9 +22,11 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from needle.text.tokenizer import BOS, EOS, PAD
+from needle.text.tokenizer import BOS, EOS, PAD, QUERY, TOOLS, TextCodec
 
 NORM_EPSILON = 1e-6
+SHORTEST_WORD = 4  # letters; shorter words (the, a, to) start without importance
+INITIAL_STRENGTH = 4.0
 PROBABILITY_FLOOR = 1e-30  # keeps the logarithm finite where float32 probabilities underflow
 
 
@@ -48,6 +50,9 @@ class SANConfig(PreTrainedConfig):
         sandwich_norm: bool = False,
         copy: bool = True,
         copy_width: int = 128,
+        lexical_match: bool = False,
+        separator_id: int = -1,
+        selective_read: bool = False,
         **kwargs: Any,
     ):
         self.vocab_size = vocab_size
@@ -63,6 +68,9 @@ class SANConfig(PreTrainedConfig):
         self.sandwich_norm = sandwich_norm
         self.copy = copy
         self.copy_width = copy_width
+        self.lexical_match = lexical_match
+        self.separator_id = separator_id
+        self.selective_read = selective_read
         # Names that transformers' cache and generation code look for.
         self.hidden_size = width
         self.num_hidden_layers = decoder_layers
@@ -95,6 +103,8 @@ class SimpleAttentionNetwork:
     sandwich_norm: bool
     copy: bool
     copy_width: Annotated[int, Field(ge=8)]
+    lexical_match: bool
+    selective_read: bool
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
@@ -103,10 +113,17 @@ class SimpleAttentionNetwork:
                 "width, and heads into kv_heads"
             )
 
-    def build(self, *, vocab_size: int) -> "SANForConditionalGeneration":
-        """A freshly initialised student; seed torch before."""
+    def build(self, codec: TextCodec) -> "SANForConditionalGeneration":
+        """A freshly initialised student for a tokenizer; seed torch before."""
         settings = {key: value for key, value in vars(self).items() if key != "name"}
-        return SANForConditionalGeneration(SANConfig(vocab_size=vocab_size, **settings))
+        config = SANConfig(vocab_size=codec.vocab_size, separator_id=codec.separator_id, **settings)
+        model = SANForConditionalGeneration(config)
+        if model.lexical_match is not None:
+            words = codec.words()
+            numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+            long_enough = [float(word.isalpha() and len(word) >= SHORTEST_WORD) for word in words]
+            model.lexical_match.start(torch.tensor([numbers[word] for word in words]), torch.tensor(long_enough))
+        return model
 
 
 class RMSNorm(nn.Module):
@@ -260,6 +277,7 @@ class SANEncoderOutput(BaseModelOutput):
     """Encoder states with what the copy head reads, so that decoding steps need nothing else from the source."""
 
     last_hidden_state: torch.FloatTensor | None = None
+    tool_scores: torch.FloatTensor | None = None
     copy_keys: torch.FloatTensor | None = None
     source_ids: torch.LongTensor | None = None
 
@@ -285,15 +303,82 @@ class CopyHead(nn.Module):
         return self.state_key(memory_BSD) + self.previous_key(previous)
 
     def forward(
-        self, state_BTD: Tensor, logits_BTV: Tensor, keys_BSC: Tensor, source_ids_BS: Tensor, mask_BTS: Tensor
+        self,
+        state_BTD: Tensor,
+        logits_BTV: Tensor,
+        keys_BSC: Tensor,
+        source_ids_BS: Tensor,
+        mask_BTS: Tensor,
+        tool_bias_BTS: Tensor | None,
     ) -> Tensor:
         scores_BTS = (self.query(state_BTD) @ keys_BSC.transpose(1, 2)).float() * self.scale
+        if tool_bias_BTS is not None:
+            scores_BTS = scores_BTS + tool_bias_BTS
         attention_BTS = scores_BTS.masked_fill(~mask_BTS, -1e9).softmax(dim=-1)
         gate_BT1 = torch.sigmoid(self.gate(state_BTD).float())
         index_BTS = source_ids_BS.unsqueeze(1).expand_as(attention_BTS)
         mixture_BTV = gate_BT1 * logits_BTV.float().softmax(dim=-1)
         mixture_BTV = mixture_BTV.scatter_add(2, index_BTS, (1 - gate_BT1) * attention_BTS)
         return (mixture_BTV + PROBABILITY_FLOOR).log()
+
+
+class LexicalMatch(nn.Module):
+    """Which tool shares words with the request, as an encoder input and as a bias on the copy head's scores.
+
+    A tool's score is the summed importance of its words that the request holds too, over the square root of its length.
+    Importances are learned per token and start at 1 for longer words, 0 for the rest, so that matching words count from
+    the first step; without this a small student still picks tools at random long after it can copy.
+    """
+
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.separator_id = config.separator_id
+        self.register_buffer("words", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.importance = nn.Parameter(torch.zeros(config.vocab_size))
+        self.feature = nn.Parameter(torch.zeros(config.width))
+        self.strength = nn.Linear(config.width, 1)
+
+    @torch.no_grad()
+    def start(self, words_V: Tensor, importance_V: Tensor) -> None:
+        """`words_V`: equal numbers for tokens that are one word whatever their case, space or plural."""
+        self.words.copy_(words_V)
+        self.importance.copy_(importance_V)
+        self.strength.bias.fill_(INITIAL_STRENGTH)
+
+    def scores(self, ids_BS: Tensor, segments_BS: Tensor) -> Tensor:
+        """[B, S]: for every token of a tool that tool's score; 0 for the request."""
+        markers = (ids_BS == TOOLS) | (ids_BS == QUERY)
+        positions = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        last_marker_BS = torch.where(markers, positions, 0).cummax(dim=1).values
+        in_request_BS = ids_BS.gather(1, last_marker_BS) == QUERY
+        part_BS = (markers | (ids_BS == self.separator_id)).cumsum(dim=1)
+        same_part_BSS = (part_BS[:, :, None] == part_BS[:, None, :]).float()
+        words_BS = self.words[ids_BS]
+        same_word_BSS = (words_BS[:, :, None] == words_BS[:, None, :]) & in_request_BS[:, None, :]
+        matched_BS = (same_word_BSS & (segments_BS[:, :, None] == segments_BS[:, None, :])).any(dim=-1)
+        weight_BS = self.importance[ids_BS] * (matched_BS & ~in_request_BS)
+        return (same_part_BSS @ weight_BS.unsqueeze(-1)).squeeze(-1) / same_part_BSS.sum(dim=-1).sqrt()
+
+    def bias(self, state_BTD: Tensor, scores_BS: Tensor) -> Tensor:
+        """[B, T, S], as strong as the decoder's state wants it."""
+        return F.softplus(self.strength(state_BTD).float()) * scores_BS.unsqueeze(1)
+
+
+class SelectiveRead(nn.Module):
+    """Adds to a decoder input what the encoder knows of the source places that hold the same token (Gu et al. 2016).
+
+    The token just written was mostly copied; where a value ends is known to the encoder's state of that place. The mean
+    over all places of the token is read; a token that the source does not hold reads nothing.
+    """
+
+    def __init__(self, config: SANConfig):
+        super().__init__()
+        self.project = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, decoder_ids_BT: Tensor, memory_BSD: Tensor, source_ids_BS: Tensor, mask_BTS: Tensor) -> Tensor:
+        same_BTS = ((decoder_ids_BT[:, :, None] == source_ids_BS[:, None, :]) & mask_BTS).to(memory_BSD.dtype)
+        read_BTD = (same_BTS @ memory_BSD) / same_BTS.sum(dim=-1, keepdim=True).clamp_min(1.0)
+        return self.project(read_BTD)
 
 
 class SANPreTrainedModel(PreTrainedModel):
@@ -311,6 +396,9 @@ class SANPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
         elif isinstance(module, RMSNorm):
             nn.init.zeros_(module.weight)
+        elif isinstance(module, LexicalMatch):
+            for parameter in (module.importance, module.feature):
+                nn.init.zeros_(parameter)
         elif isinstance(module, Residual) and module.gate is not None:
             nn.init.zeros_(module.gate)
 
@@ -323,7 +411,9 @@ class SANEncoder(SANPreTrainedModel):
         self.embedding = embedding
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = RMSNorm(config.width)
-        self.copy_head: CopyHead | None = None  # the model's, set by it, so that keys are computed once a source
+        # The model's own, set by it, so that their keys are computed once a source.
+        self.copy_head: CopyHead | None = None
+        self.lexical_match: LexicalMatch | None = None
 
     def forward(
         self,
@@ -337,12 +427,15 @@ class SANEncoder(SANPreTrainedModel):
         mask = _same_segment(segments, segments)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
-        x = embedded
+        x, scores = embedded, None
+        if self.lexical_match is not None:
+            scores = self.lexical_match.scores(input_ids, segments)
+            x = x + scores.unsqueeze(-1) * self.lexical_match.feature
         for layer in self.layers:
             x = layer(x, mask, angles)
         x = self.norm(x)
         keys = self.copy_head.keys(x, embedded, segments) if self.copy_head is not None else None
-        return SANEncoderOutput(last_hidden_state=x, copy_keys=keys, source_ids=input_ids)
+        return SANEncoderOutput(last_hidden_state=x, tool_scores=scores, copy_keys=keys, source_ids=input_ids)
 
 
 class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
@@ -357,12 +450,15 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         self.decoder_layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
         self.norm = RMSNorm(config.width)
         self.copy_head = CopyHead(config) if config.copy else None
-        self._share_copy_head()
+        self.lexical_match = LexicalMatch(config) if config.copy and config.lexical_match else None
+        self.selective_read = SelectiveRead(config) if config.selective_read else None
+        self._share_heads()
         self.post_init()
 
-    def _share_copy_head(self) -> None:
+    def _share_heads(self) -> None:
         # Bypasses nn.Module registration: the parameters belong to the model, the encoder only calls them.
         object.__setattr__(self.encoder, "copy_head", self.copy_head)
+        object.__setattr__(self.encoder, "lexical_match", self.lexical_match)
 
     def get_encoder(self, *_: Any, **__: Any) -> SANEncoder:
         return self.encoder
@@ -430,13 +526,18 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
 
         angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
         x = self.embedding(decoder_input_ids) * math.sqrt(self.config.width)
+        if self.selective_read is not None:
+            x = x + self.selective_read(decoder_input_ids, memory, encoder_outputs.source_ids, cross_mask.squeeze(1))
         for layer in self.decoder_layers:
             x = layer(x, memory, self_mask, cross_mask, angles, past_key_values)
         x = self.norm(x)
         logits = F.linear(x, self.embedding.weight)
         if self.copy_head is not None:
+            bias = None
+            if self.lexical_match is not None:
+                bias = self.lexical_match.bias(x, encoder_outputs.tool_scores)
             logits = self.copy_head(
-                x, logits, encoder_outputs.copy_keys, encoder_outputs.source_ids, cross_mask.squeeze(1)
+                x, logits, encoder_outputs.copy_keys, encoder_outputs.source_ids, cross_mask.squeeze(1), bias
             )
         loss = None
         if labels is not None:

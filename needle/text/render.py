@@ -40,13 +40,14 @@ def render_tools(tools: Sequence[Tool], *, style: str) -> str:
     """The tools' part of a prompt.
 
     `signature`: a line a tool, `name(key:type,key?:type= a| b) description`, `?` marking optional parameters and enum
-    members written with the leading space that they have in a target. `json`: the OpenAI-style list, without spaces.
+    members written with the leading space that they have in a target. `json`: one JSON object a line, as OpenAI's
+    API has them, without spaces. In both styles a line break stands between two tools and nowhere else.
     """
     if style == "signature":
         return "\n".join(_signature(tool) for tool in tools)
     if style == "json":
-        records = [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools]
-        return json.dumps(records, ensure_ascii=False, separators=(",", ":"))
+        records = ({"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools)
+        return "\n".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records)
     raise ValueError(f"style {style!r} is not one of {', '.join(STYLES)}")
 
 

@@ -78,6 +78,16 @@ class TextCodec:
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
+    @property
+    def separator_id(self) -> int:
+        """The token between two tools of a prompt; it stands nowhere else."""
+        return self.tokenizer.token_to_id("\u010a")  # the byte-level alphabet's line break
+
+    def words(self) -> list[str]:
+        """For every token the word it is, whatever its case, leading space or plural s."""
+        tokens = [self.tokenizer.decode([number], skip_special_tokens=False) for number in range(self.vocab_size)]
+        return [_plain_word(token) for token in tokens]
+
     def encode_prompt(self, query: str, tools: Sequence[Tool]) -> list[int]:
         """`<tools>` tools `<query>` request, as ids."""
         lines = self._ids(render_tools(tools, style=self.style))
@@ -124,3 +134,8 @@ class TextCodec:
             if len(self._segment_ids) < 200_000:
                 self._segment_ids[text] = ids
         return ids
+
+
+def _plain_word(token: str) -> str:
+    word = token.strip().lower()
+    return word[:-1] if len(word) > 3 and word.endswith("s") else word
