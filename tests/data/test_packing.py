@@ -212,5 +212,4 @@ def test_rows_of_the_recorded_corpus_hold_little_padding(repository: Path, tmp_p
     writer.save(tmp_path / "train")
     shard = Shard.open(tmp_path / "train")
     rows = pack(shard.source_lengths_N, shard.target_lengths_N, **row)
-    print(padding_frac(rows, shard, **row), shard.source_lengths_N.mean(), shard.target_lengths_N.mean())
     assert padding_frac(rows, shard, **row)["all"] < 0.05
