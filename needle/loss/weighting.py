@@ -31,5 +31,6 @@ class SpanWeighting:
 
     def __call__(self, *, spans_RT: Tensor, labels_RT: Tensor) -> Tensor:
         """Weights [R, T], float32, 0 where the label is ignored."""
-        table = torch.tensor([getattr(self, span.name.lower()) for span in Span], device=spans_RT.device)
+        weights = [getattr(self, span.name.lower()) for span in Span]
+        table = torch.tensor(weights, dtype=torch.float32, device=spans_RT.device)
         return table[spans_RT].masked_fill(labels_RT == IGNORE, 0.0)
