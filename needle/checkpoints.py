@@ -1,6 +1,5 @@
 """Training checkpoints that are either whole or not there."""
 
-import errno
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from needle.artifacts import FULL
 from needle.errors import DataError, UserError
 
 
@@ -28,17 +28,28 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into RuntimeError
+        except Exception as error:
+            cause = _disk_error(error)
+            if cause is None:
+                raise
             partial.unlink(missing_ok=True)
             free_mib = shutil.disk_usage(path.parent).free / 2**20
-            full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-            why = "the disk is full" if full else str(error)
+            why = "the disk is full" if cause.errno in FULL else str(cause)
             older = newest_checkpoint(path.parent, required=False)
             rest = f"the last whole checkpoint is {older}" if older else "there is no older checkpoint"
             raise UserError(
                 f"cannot write checkpoint {path}: {why} ({free_mib:.0f} MiB free); {rest}. "
                 f"Free some space, then continue with resume={path.parent.parent}"
             ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind it: torch.save turns a full disk into a RuntimeError about positions."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def step_of(path: Path) -> int:

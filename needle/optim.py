@@ -101,15 +101,16 @@ class MuonAdamW(torch.optim.Optimizer):
         means, squares = [s["mean"] for s in states], [s["square"] for s in states]
         for state in states:
             state["step"] += 1
-        count = float(states[0]["step"])
+        counts = [float(state["step"]) for state in states]  # fewer where a loss left a parameter out
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
         denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, math.sqrt(1 - beta2**count))
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**count) for count in counts])
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_addcdiv_(parameters, means, denominators, value=-group["lr"] / (1 - beta1**count))
+        rates = [-group["lr"] / (1 - beta1**count) for count in counts]
+        torch._foreach_addcdiv_(parameters, means, denominators, rates)
 
 
 @dataclass(frozen=True)
