@@ -2,7 +2,8 @@
 
 Every top-level key of a stage's primary file is a keyword parameter of the stage's function; every node with
 `_target_` is bound to its target's signature: unknown and missing keys, types, ranges. All of it happens before
-anything is built, and every problem found is told at once. This module is the only user of hydra.utils.
+anything is built, and every problem found is told at once. Nodes are built here and not by hydra.utils.instantiate, which would turn tuples back into
+lists and wrap a target's own errors.
 """
 
 import dataclasses
@@ -21,7 +22,6 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -247,15 +247,13 @@ def _build(value: Any, hint: Any, path: str) -> Any:
             key: child if key in RESERVED else _build(child, hints.get(key), f"{path}.{key}")
             for key, child in value.items()
         }
+        own = {key: child for key, child in arguments.items() if key not in RESERVED}
+        if value.get("_partial_"):
+            return functools.partial(target, **own)
         try:
-            return hydra.utils.instantiate({**arguments, "_recursive_": False, "_convert_": "object"})
-        except InstantiationException as error:
-            cause = error.__cause__
-            if isinstance(cause, UserError):
-                raise cause from None
-            if isinstance(cause, ValueError):
-                raise ConfigError(f"{path}: {cause}") from None
-            raise
+            return target(**own)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
     if isinstance(value, Mapping):
         return {key: _build(child, None, f"{path}.{key}") for key, child in value.items()}
     return _validated(value, hint)
