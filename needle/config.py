@@ -2,8 +2,8 @@
 
 Every top-level key of a stage's primary file is a keyword parameter of the stage's function; every node with
 `_target_` is bound to its target's signature: unknown and missing keys, types, ranges. All of it happens before
-anything is built, and every problem found is told at once. Nodes are built here and not by hydra.utils.instantiate, which would turn tuples back into
-lists and wrap a target's own errors.
+anything is built, and every problem found is told at once. Nodes are built here and not by hydra.utils.instantiate,
+which would turn tuples back into lists and wrap a target's own errors.
 """
 
 import dataclasses

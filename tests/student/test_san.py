@@ -45,7 +45,8 @@ def test_sizes(size: str, repository: Path):
     settings |= yaml.safe_load((folder / f"san_{size}.yaml").read_text())
     settings = {key: value for key, value in settings.items() if key not in ("_target_", "defaults")}
     low, high, pieces = SIZES[size]
-    texts = [" ".join(f"{a}{b}{c}" for c in "abcdefghijklmnop") for a in "abcdefghijklmnopqrst" for b in "bcdfghjklmnpqrst"]
+    letters = "abcdefghijklmnopqrst"
+    texts = [" ".join(f"{a}{b}{c}" for c in letters[:16]) for a in letters for b in letters[:16]]
     codec = TextCodec(train_tokenizer(texts * 2, vocab_size=pieces), "signature")
     with torch.device("meta"):
         from needle.student.san import SANConfig, SANForConditionalGeneration
@@ -143,8 +144,10 @@ def test_generate_is_greedy(codec: TextCodec):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"copy": False}, {"ffn_width": 48}, {"gated": False}, {"qk_norm": False}, {"sandwich_norm": True}]
-    + [{"lexical_match": False}, {"selective_read": False}],
+    [
+        *({}, {"copy": False}, {"ffn_width": 48}, {"gated": False}, {"qk_norm": False}, {"sandwich_norm": True}),
+        *({"lexical_match": False}, {"selective_read": False}),
+    ],
     ids=str,
 )
 def test_every_switch_trains(codec: TextCodec, changes: dict):
