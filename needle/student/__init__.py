@@ -1,8 +1,12 @@
 """Students as transformers models; importing this package registers them with the Auto classes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 import transformers.utils.logging
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from needle.errors import DataError
@@ -30,16 +34,37 @@ def load(folder: Path) -> tuple[SANForConditionalGeneration, TextCodec]:
     if missing:
         raise DataError(f"{folder} is not a student's folder: {', '.join(missing)} not there")
     try:
-        model, report = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except Exception as error:  # safetensors, json and transformers each raise their own
-        raise DataError(f"cannot load the student in {folder}: {error}") from error
-    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
-    if wrong:
-        raise DataError(f"the weights in {folder} do not fit its config.json: {wrong[0]} and {len(wrong) - 1} more")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            wanted = AutoModelForSeq2SeqLM.from_config(config).state_dict()
+    except Exception as error:  # json, torch and transformers each raise their own
+        raise DataError(f"{folder / 'config.json'} describes no student: {error}") from error
+    if not isinstance(config, SANConfig):
+        raise DataError(f"{folder} holds a {config.model_type} model, not a {SANConfig.model_type}")
+    _check_weights(folder / "model.safetensors", wanted)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, local_files_only=True)
     codec = TextCodec.load(folder)
     if codec.vocab_size != model.config.vocab_size:
         raise DataError(f"{folder}: tokenizer has {codec.vocab_size} pieces, the student {model.config.vocab_size}")
     return model.eval(), codec
+
+
+def _check_weights(path: Path, wanted: Mapping[str, Tensor]) -> None:
+    """Raises DataError when the file is damaged or holds other shapes than the model's. It reads the header only:
+    transformers would print a table and fill what does not fit with random numbers."""
+    try:
+        with safe_open(path, framework="pt") as weights:
+            stored = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own
+        raise DataError(f"cannot read {path}: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    tied = SANForConditionalGeneration._tied_weights_keys  # stored once
+    for name in sorted(shapes.keys() | stored.keys()):
+        if shapes.get(name) != stored.get(name) and not (name in tied and name not in stored):
+            raise DataError(
+                f"{path} does not fit config.json beside it: {name} has shape {stored.get(name)}, the configuration "
+                f"asks for {shapes.get(name)}"
+            )
 
 
 def save(model: SANForConditionalGeneration, codec: TextCodec, folder: Path) -> None:
