@@ -17,7 +17,7 @@ from pydantic import Field
 from needle.artifacts import fingerprint, hash_file
 from needle.data.packing import collate, pack
 from needle.data.shards import Shard
-from needle.errors import DataError
+from needle.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,16 @@ class CheckpointTeacher:
         progress: Callable[[int, int], None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids (uint16) and log-probabilities in nats (float32) of the top_k tokens at every target token: [X, K]
-        each."""
+        each.
+
+        Raises:
+            ConfigError: the teacher has fewer tokens than `top_k`.
+        """
+        pieces = model.config.vocab_size
+        if self.top_k > pieces:
+            raise ConfigError(
+                f"teacher.top_k={self.top_k}: the teacher's tokenizer has {pieces} pieces; choose at most that many"
+            )
         shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
         rows = pack(shard.source_lengths_N, shard.target_lengths_N, **shape)
         ids_XK = np.zeros((len(shard.target), self.top_k), np.uint16)
