@@ -1,0 +1,165 @@
+"""A checkpoint as teacher: what it stores is what it would say of each example alone."""
+
+# T target tokens, V vocabulary, K stored tokens
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from needle.data.packing import collate
+from needle.data.shards import Shard, ShardWriter
+from needle.errors import ConfigError, DataError
+from needle.loss.divergences import forward_kl_topk
+from needle.student import SANConfig, SANForConditionalGeneration, save
+from needle.teacher.checkpoint import CheckpointTeacher
+from needle.text.tokenizer import EOS, QUERY, TOOLS, TextCodec, train_tokenizer
+
+PIECES = 310
+K = 5
+ROWS = {"rows_per_batch": 2, "source_row_tokens": 60, "target_row_tokens": 30}
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return TextCodec(
+        train_tokenizer(["set a timer for ten minutes and another for five minutes"] * 9, vocab_size=310), "signature"
+    )
+
+
+@pytest.fixture(scope="module")
+def model(codec: TextCodec) -> SANForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"width": 32, "heads": 4, "kv_heads": 2, "encoder_layers": 2, "decoder_layers": 2, "copy_width": 8}
+    return SANForConditionalGeneration(SANConfig(vocab_size=codec.vocab_size, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
+    rng = np.random.default_rng(0)
+    writer = ShardWriter()
+    for i in range(13):
+        tools, query, target = (rng.integers(5, PIECES, size=rng.integers(2, 25)).tolist() for _ in range(3))
+        writer.add(str(i), [TOOLS, *tools, QUERY, *query], [*target, EOS], [0] * (len(target) + 1))
+    folder = tmp_path_factory.mktemp("shard") / "train"
+    writer.save(folder)
+    return Shard.open(folder)
+
+
+@pytest.fixture
+def folder(model: SANForConditionalGeneration, codec: TextCodec, tmp_path: Path) -> Path:
+    """A training run's folder, as far as a teacher reads it."""
+    save(model, codec, tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def teacher_of(folder: Path, **changes) -> CheckpointTeacher:
+    return CheckpointTeacher(**{"checkpoint": folder, "top_k": K, "temperature": 1.0, **changes})
+
+
+def alone(model: torch.nn.Module, shard: Shard, index: int, temperature: float) -> Tensor:
+    """The tempered log-probabilities [T, V] of one example without packing or padding."""
+    lengths = (int(shard.source_lengths_N[index]), int(shard.target_lengths_N[index]))
+    batch = collate(shard, [[index]], source_row_tokens=lengths[0], target_row_tokens=lengths[1])
+    with torch.no_grad():
+        logits = model(input_ids=batch["source_ids_RS"], decoder_input_ids=batch["decoder_ids_RT"]).logits[0]
+    return (logits / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_stored_tokens_are_those_of_a_pass_over_each_example_alone(
+    model: SANForConditionalGeneration, shard: Shard, tmp_path: Path, temperature: float
+):
+    teacher = teacher_of(tmp_path, temperature=temperature)
+    reported: list[tuple[int, int]] = []
+    ids_XK, log_probs_XK = teacher.top_log_probs(
+        model, shard, **ROWS, progress=lambda done, total: reported.append((done, total))
+    )
+    assert (ids_XK.dtype, log_probs_XK.dtype) == (np.uint16, np.float32)
+    assert ids_XK.shape == log_probs_XK.shape == (len(shard.target), K)
+    assert (np.diff(log_probs_XK, axis=1) <= 0).all()
+    masses = np.exp(log_probs_XK.astype(np.float64)).sum(axis=1)
+    assert masses.max() <= 1 + 1e-6
+    assert masses.min() > 0
+    for index in range(len(shard)):
+        place = slice(*shard.target_offsets[index : index + 2])
+        expected_TV = alone(model, shard, index, temperature)
+        ids_TK = torch.from_numpy(ids_XK[place].astype(np.int64))
+        stored_TK = torch.from_numpy(log_probs_XK[place])
+        assert torch.allclose(stored_TK, expected_TV.gather(-1, ids_TK), atol=1e-4)
+        assert torch.allclose(stored_TK, expected_TV.topk(K).values, atol=1e-4)
+        assert all(len(set(row)) == K for row in ids_TK.tolist())
+    assert [done for done, _ in reported] == sorted({done for done, _ in reported})
+    assert reported[-1][0] == reported[-1][1] > ROWS["rows_per_batch"]
+
+
+def test_the_teacher_as_student_of_its_own_signals_has_no_divergence(
+    model: SANForConditionalGeneration, shard: Shard, tmp_path: Path
+):
+    """Teacher, file layout, packing and loss fit together."""
+    ids_XK, log_probs_XK = teacher_of(tmp_path).top_log_probs(model, shard, **ROWS, progress=lambda *_: None)
+    for index in range(len(shard)):
+        place = slice(*shard.target_offsets[index : index + 2])
+        nats = forward_kl_topk(
+            student_log_probs_RTV=alone(model, shard, index, 1.0).unsqueeze(0),
+            teacher_ids_RTK=torch.from_numpy(ids_XK[place].astype(np.int64)).unsqueeze(0),
+            teacher_log_probs_RTK=torch.from_numpy(log_probs_XK[place].copy()).unsqueeze(0),
+        )
+        assert nats.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("top_k", [PIECES + 1, 65536])
+def test_more_tokens_than_the_tokenizer_has_are_refused(
+    model: SANForConditionalGeneration, shard: Shard, tmp_path: Path, top_k: int
+):
+    with pytest.raises(ConfigError, match=rf"teacher\.top_k={top_k}: .*{PIECES} pieces"):
+        teacher_of(tmp_path, top_k=top_k).top_log_probs(model, shard, **ROWS, progress=lambda *_: None)
+
+
+def test_a_teacher_is_a_run_or_a_students_folder(folder: Path):
+    assert teacher_of(folder).model_folder() == teacher_of(folder / "model").model_folder() == folder / "model"
+    assert teacher_of(folder).identity() == teacher_of(folder / "model").identity()
+
+
+def test_signals_are_named_after_all_that_they_depend_on(
+    folder: Path, model: SANForConditionalGeneration, codec: TextCodec
+):
+    artifacts, shards = Path("artifacts"), Path("artifacts/shards-1")
+
+    def name(teacher: CheckpointTeacher, shards: Path = shards) -> str:
+        return teacher.signals_folder(artifacts, shards).name
+
+    names = [
+        name(teacher_of(folder)),
+        name(teacher_of(folder, top_k=K + 1)),
+        name(teacher_of(folder, temperature=2.0)),
+        name(teacher_of(folder), Path("artifacts/shards-2")),
+    ]
+    assert name(teacher_of(folder)) == names[0]
+    with torch.no_grad():
+        weight = model.norm.weight.clone()
+        model.norm.weight += 0.01
+        save(model, codec, folder / "model")
+        model.norm.weight.copy_(weight)
+    names.append(name(teacher_of(folder)))
+    assert len(set(names)) == len(names)
+
+
+def test_a_folder_without_weights_is_refused_with_what_to_do(tmp_path: Path):
+    with pytest.raises(DataError, match=r"no model\.safetensors .*make teacher"):
+        teacher_of(tmp_path / "nowhere").identity()
+
+
+def test_shards_of_another_tokenizer_are_refused_with_what_to_do(folder: Path, codec: TextCodec, tmp_path: Path):
+    same, other, none = (tmp_path / name for name in ("same", "other", "none"))
+    for place in (same, other, none):
+        place.mkdir()
+    codec.save(same)
+    TextCodec(train_tokenizer(["other words altogether"] * 9, vocab_size=300), "signature").save(other)
+    teacher_of(folder).check_tokenizer(same)
+    with pytest.raises(DataError, match=rf"another tokenizer.*data\.text\.tokenizer={folder / 'model'}"):
+        teacher_of(folder).check_tokenizer(other)
+    with pytest.raises(DataError, match=r"none/tokenizer\.json"):
+        teacher_of(folder).check_tokenizer(none)
