@@ -83,6 +83,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_of_its_name_whole(
     assert AtomicCheckpoints().load_checkpoint(folder / "step=100.ckpt")["global_step"] == 100
 
 
+def test_a_checkpoint_takes_the_place_of_its_namesake_in_one_step(folder: Path):
+    """Whoever has the older one open goes on reading the older one whole."""
+    path = folder / "step=100.ckpt"
+    with path.open("rb") as older:
+        AtomicCheckpoints().save_checkpoint(checkpoint(7), path)
+        assert torch.load(older, weights_only=True)["global_step"] == 100
+    assert AtomicCheckpoints().load_checkpoint(path)["global_step"] == 7
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 2 MiB."""

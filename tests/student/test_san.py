@@ -19,9 +19,9 @@ from needle.data.shards import Shard, ShardWriter
 from needle.errors import DataError
 from needle.schema import Tool, ToolCall
 from needle.student import SANConfig, SANForConditionalGeneration, SimpleAttentionNetwork
-from needle.student.san import CopyHead, RMSNorm, rotary_angles, rotate
+from needle.student.san import CopyHead, LexicalMatch, RMSNorm, rotary_angles, rotate
 from needle.text.render import render_query, render_tools
-from needle.text.tokenizer import BOS, EOS, PAD, TextCodec, train_tokenizer
+from needle.text.tokenizer import BOS, EOS, PAD, QUERY, TOOLS, TextCodec, train_tokenizer
 
 PIECES = 360
 ROW = {"source_row_tokens": 300, "target_row_tokens": 100}
@@ -337,6 +337,22 @@ def test_copying_finds_what_followed_a_token_in_the_source(codec: TextCodec):
     copied = head(state, torch.zeros(1, 3, 50), keys, source, mask, None).exp()
     assert copied.argmax(-1).tolist() == [[8, 9, 3]]
     assert copied.max(-1).values.min() > 0.99
+
+
+def test_lexical_match_by_hand():
+    """Tools [5 6] and [7 8 9], request [9 6 9]: each tool holds one word of the request, of importance 1 and 2."""
+    match = LexicalMatch(SANConfig(vocab_size=12, width=8, separator_id=11))
+    importance = torch.zeros(12)
+    importance[[6, 9, 7]] = torch.tensor([1.0, 2.0, 5.0])
+    match.start(torch.arange(12), importance)
+    ids = torch.tensor([[TOOLS, 5, 6, 11, 7, 8, 9, QUERY, 9, 6, 9, PAD]])
+    first, second = 1 / 3**0.5, 2 / 4**0.5  # over the root of the length, its opening token included
+    by_hand = torch.tensor([[first] * 3 + [second] * 4 + [0.0] * 5])
+    assert torch.allclose(match.scores(ids, (ids != PAD).long()), by_hand)
+    # Tokens that are one word match each other: 4 stands for 6 here.
+    match.start(torch.where(torch.arange(12) == 4, 6, torch.arange(12)), importance)
+    other_form = torch.where(ids == 6, torch.where(torch.arange(12) > 7, 4, 6), ids)
+    assert torch.allclose(match.scores(other_form, (ids != PAD).long()), by_hand)
 
 
 def test_value_and_gradient_of_the_copy_mixture_are_those_of_float64(codec: TextCodec):

@@ -91,6 +91,21 @@ def test_a_prompt_is_tools_then_query_each_behind_its_control_token(codec: TextC
         assert codec.decode(ids[middle:]) == render_query(example.query)
 
 
+def test_the_separator_stands_between_two_tools_and_nowhere_else(codec: TextCodec, examples: list[Example]):
+    assert ids_of(codec, "\n") == [codec.separator_id]
+    tools = [*examples[0].tools, *examples[100].tools, Tool.from_dict({"name": "a\nb", "description": "c\nd"})]
+    prompt = codec.encode_prompt("one\ntwo\n", tools)
+    assert prompt.count(codec.separator_id) == len(tools) - 1
+
+
+def test_a_word_is_the_same_word_in_any_case_behind_a_space_and_in_plural(codec: TextCodec):
+    words = codec.words()
+    assert len(words) == codec.vocab_size
+    forms = [ids_of(codec, form) for form in ("time", " time", " Time", " times")]
+    assert {words[ids[0]] for ids in forms if len(ids) == 1} == {"time"}
+    assert sum(len(ids) == 1 for ids in forms) >= 2
+
+
 def test_control_tokens_typed_by_a_user_are_text(codec: TextCodec, tmp_path: Path):
     typed = " ".join(SPECIALS)
     tool = Tool.from_dict({"name": "<query>", "description": typed})
