@@ -1,0 +1,181 @@
+"""Decoding: batches, forced tokens and the grammar change how fast an answer comes, not which."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from needle.decode import Decoder
+from needle.schema import Tool, call_problems
+from needle.student import SimpleAttentionNetwork, save
+from needle.text.tokenizer import EOS, TextCodec, train_tokenizer
+
+TOOLS = [
+    Tool(
+        "set_timer", "Start a timer.", {"type": "object", "properties": {"minutes": {"type": "integer", "maximum": 99}}}
+    ),
+    Tool("play.song", "Play music.", {"type": "object", "properties": {"mood": {"enum": ["calm", "loud"]}}}),
+    Tool("stop", "Stop everything.", {"type": "object", "properties": {}}),
+]
+REQUESTS = [
+    (f"set a timer for {n} minutes{' and play something calm' * (n % 3)}", TOOLS[: 1 + n % 3]) for n in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    return TextCodec(train_tokenizer([query for query, _ in REQUESTS] * 3, vocab_size=400), "signature")
+
+
+@pytest.fixture(scope="module")
+def student(codec: TextCodec):
+    torch.manual_seed(1)
+    shape = {"width": 32, "heads": 2, "kv_heads": 1, "encoder_layers": 1, "decoder_layers": 1, "ffn_width": 0}
+    switches = {"gated": True, "qk_norm": True, "sandwich_norm": False, "copy": True, "copy_width": 8}
+    more = {"lexical_match": True, "selective_read": True, "rope_theta": 1e4}
+    return SimpleAttentionNetwork(name="t", **shape, **switches, **more).build(codec)
+
+
+def decoder(student, codec: TextCodec, **changes) -> Decoder:
+    return Decoder(student, codec, **{"constrained": True, "max_new_tokens": 60, "max_calls": 3, **changes})
+
+
+def test_batches_do_not_change_answers(student, codec: TextCodec):
+    one = decoder(student, codec)
+    alone = [one.decode([request])[0] for request in REQUESTS]
+    together = one.decode(REQUESTS)
+    assert [a.token_ids for a in alone] == [b.token_ids for b in together]
+    for a, b in zip(alone, together, strict=True):
+        assert a.confidence == pytest.approx(b.confidence, rel=1e-3, abs=1e-12)
+
+
+def test_every_answer_fits_its_tools(student, codec: TextCodec):
+    answers = decoder(student, codec, max_new_tokens=200).decode(REQUESTS)
+    finished = [(a, tools) for a, (_, tools) in zip(answers, REQUESTS, strict=True) if a.calls is not None]
+    assert finished
+    for answer, tools in finished:
+        for call in answer.calls or []:
+            assert call_problems(call, {tool.name: tool for tool in tools}) == []
+
+
+def test_confidence_is_the_students_probability_of_its_answer(student, codec: TextCodec):
+    query, tools = REQUESTS[1]
+    answer = decoder(student, codec, max_new_tokens=200).decode([(query, tools)])[0]
+    source = torch.tensor([codec.encode_prompt(query, tools)])
+    fed = torch.tensor([[1, *answer.token_ids[:-1]]])
+    log_probs = student(input_ids=source, decoder_input_ids=fed).logits.log_softmax(-1)[0]
+    expected = sum(float(log_probs[i, token]) for i, token in enumerate(answer.token_ids))
+    if answer.token_ids[-1] == EOS:
+        assert answer.confidence == pytest.approx(float(torch.tensor(expected).exp()), rel=1e-3, abs=1e-12)
+
+
+def test_a_grammarless_greedy_answer_is_the_likeliest_token_each_step(student, codec: TextCodec):
+    query, tools = REQUESTS[2]
+    answer = decoder(student, codec, constrained=False, max_new_tokens=12).decode([(query, tools)])[0]
+    source, ids = torch.tensor([codec.encode_prompt(query, tools)]), [1]
+    for _ in range(12):
+        ids.append(int(student(input_ids=source, decoder_input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == EOS:
+            break
+    assert answer.token_ids == ids[1:]
+
+
+def test_limits_are_told(student, codec: TextCodec):
+    long = decoder(student, codec, max_new_tokens=1).decode(REQUESTS[:1])[0]
+    assert long.calls is None
+    assert "max_new_tokens=1" in long.error
+    wide = decoder(student, codec, max_source_tokens=5).decode(REQUESTS[:2])
+    assert all("at most 5" in answer.error and answer.calls is None for answer in wide)
+
+
+def test_no_tools_gives_no_call(student, codec: TextCodec):
+    answer = decoder(student, codec).decode([("hello", ())])[0]
+    assert answer.calls == []
+    assert answer.text == "[]"
+
+
+# The predict stage, as a process.
+
+
+def predict(folder: Path, text: bytes | str, *overrides: str) -> tuple[subprocess.CompletedProcess, list[dict] | None]:
+    source, target = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_bytes(text if isinstance(text, bytes) else text.encode())
+    settings = [f"checkpoint={folder / 'student'}", f"input={source}", f"output={target}", "max_new_tokens=200"]
+    command = [sys.executable, "-m", "needle.predict", *settings, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done, [json.loads(line) for line in target.read_text().splitlines()] if target.exists() else None
+
+
+@pytest.fixture(scope="module")
+def folder(student, codec: TextCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predict")
+    save(student, codec, folder / "student")
+    return folder
+
+
+def line(number: int, tools: list[dict], **more) -> str:
+    return json.dumps({"id": f"r{number}", "query": f"set a timer for {number} minutes", "tools": tools, **more}) + "\n"
+
+
+BARE = {"name": "set_timer", "description": "Start.", "parameters": TOOLS[0].parameters}
+WRAPPED = {"type": "function", "function": {"name": "ns.stop-it", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_predict_answers_in_order_and_reports_bad_lines(folder: Path):
+    three_hundred = [{"name": f"tool{n}"} for n in range(300)]
+    twice = [BARE, BARE]
+    text = (
+        line(1, [BARE, WRAPPED])
+        + "not json\n"
+        + line(2, [])
+        + line(3, twice)
+        + line(4, three_hundred)
+        + '{"id": 5, "que'
+    )
+    done, records = predict(folder, text)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert [record["id"] for record in records] == ["r1", 2, "r2", "r3", "r4", 6]
+    assert records[2]["calls"] == []
+    assert "set_timer" in records[3]["error"]
+    assert "cut off" in records[5]["error"]
+    # A second time gives the same bytes.
+    assert predict(folder, text)[1] == records
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (b"", [], ["empty"]),
+        (line(1, [BARE]), ["checkpoint=/nowhere"], ["/nowhere", "model.safetensors"]),
+        (line(1, [BARE]), ["input=/nowhere.jsonl"], ["/nowhere.jsonl"]),
+        (line(1, [BARE]), ["max_calls=0"], ["max_calls=0"]),
+    ],
+    ids=["empty", "checkpoint", "input", "range"],
+)
+def test_predict_tells_mistakes(folder: Path, text, overrides: list[str], words: list[str]):
+    done, _ = predict(folder, text, *overrides)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_bytes_that_are_no_text_cost_one_line_only(folder: Path):
+    done, records = predict(
+        folder, line(1, [BARE]).encode() + b'{"id": 2, "query": "caf\xe9", "tools": []}\n' + line(3, []).encode()
+    )
+    assert done.returncode == 1
+    assert "0xe9" in records[1]["error"]
+    assert records[2]["id"] == "r3"
+
+
+def test_predict_starts_without_what_it_does_not_need():
+    code = (
+        "import needle.predict, sys; print([m for m in ('pytorch_lightning', 'wandb', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
