@@ -38,9 +38,7 @@ def accepts(grammar: AnswerGrammar, codec: TextCodec, calls, tools) -> bool:
 
 
 def test_every_recorded_answer_is_let_through(recorded, codec: TextCodec, grammar: AnswerGrammar):
-    refused = [
-        e.id for e in recorded.examples[::17] if not accepts(grammar, codec, e.calls, recorded.tools[e.domain])
-    ]
+    refused = [e.id for e in recorded.examples[::17] if not accepts(grammar, codec, e.calls, recorded.tools[e.domain])]
     assert refused == []
 
 
