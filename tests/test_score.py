@@ -60,8 +60,10 @@ def student(tmp_path_factory) -> Path:
         sandwich_norm=False,
         copy=True,
         copy_width=8,
+        lexical_match=True,
+        selective_read=True,
     )
-    save(network.build(vocab_size=codec.vocab_size), codec, folder)
+    save(network.build(codec), codec, folder)
     return folder
 
 

@@ -88,7 +88,7 @@ class SANConfig(PreTrainedConfig):
 
 @dataclass(frozen=True)
 class SimpleAttentionNetwork:
-    """A student architecture as conf/student names it; `build` needs the tokenizer's size only."""
+    """A student architecture as conf/student names it; `build` needs the tokenizer."""
 
     name: str
     width: Annotated[int, Field(ge=16)]

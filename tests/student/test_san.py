@@ -133,7 +133,7 @@ def plain_inputs(shard: Shard, index: int) -> dict[str, Tensor]:
         ("san_nano", 2048, (1.0, 1.3)),
         ("san_micro", 2048, (2.8, 3.3)),
         ("san_small", 8192, (7.5, 8.5)),
-        ("san_base", 8192, (26.2, 26.6)),
+        ("san_base", 8192, (26.2, 26.3)),
         ("san_large", 8192, (50.0, 54.0)),
     ],
 )
