@@ -18,6 +18,8 @@ UNFINISHED := .venv/.setup-unfinished
 UV_VERSION = $(shell sed -n 's/^uv==//p' requirements.lock)
 UV_FLAGS = $(if $(WHEELS),--find-links $(WHEELS)) \
 	$(if $(TORCH_INDEX),--index $(TORCH_INDEX) --index-strategy unsafe-best-match)
+# The demo keeps to runs of its own, so that its report compares nothing else.
+DEMO := paths.runs=runs/demo
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -66,13 +68,16 @@ score: setup ## Score a trained student: make score ARGS=run=runs/train/NAME
 report: setup ## Compare scored runs in tables and figures
 	$(BIN)/python -m needle.report $(ARGS)
 
-demo: setup ## Run the whole pipeline small: two losses, scored and compared
+demo: setup ## Run the whole pipeline small: two losses, scored and compared (about ten minutes)
 	$(BIN)/python -m needle.generate
-	$(BIN)/python -m needle.prepare experiment=demo
-	$(BIN)/python -m needle.signals experiment=demo
-	$(BIN)/python -m needle.train --multirun experiment=demo loss=hard_label,forward_kl
-	$(BIN)/python -m needle.score
-	$(BIN)/python -m needle.report
+	$(BIN)/python -m needle.prepare data=demo
+	$(BIN)/python -m needle.signals data=demo
+	$(BIN)/python -m needle.train --multirun experiment=demo loss=hard_label,forward_kl \
+		hydra/launcher=joblib hydra.launcher.n_jobs=2 $(DEMO) $(ARGS)
+	$(BIN)/python -m needle.score suites=[test] $(DEMO)
+	$(BIN)/python -m needle.report suite=test allow_dirty=true $(DEMO)
+	$(BIN)/python -m needle.predict checkpoint=$$(ls -td runs/demo/train/*/ | head -n 1) \
+		input=data/demo_requests.jsonl output=-
 
 test: setup ## Run the linter and every test
 	$(BIN)/ruff check .
