@@ -108,7 +108,7 @@ class ToolCall:
     def from_dict(record: Any) -> "ToolCall":
         if not isinstance(record, Mapping) or not isinstance(record.get("name"), str):
             raise ValueError(f"a call must be an object with a name, not {record!r}")
-        arguments = record.get("arguments") or {}
+        arguments = {} if record.get("arguments") is None else record["arguments"]
         if not isinstance(arguments, Mapping):
             raise ValueError(f"call of {record['name']!r}: arguments must be an object, not {type(arguments).__name__}")
         return ToolCall(record["name"], dict(arguments))

@@ -9,7 +9,7 @@ from needle.data.shards import Shard
 
 
 class ValidationBatches(torch.utils.data.Dataset):
-    """Every example of a shard once, packed; the last batch may hold fewer rows."""
+    """Every example of a shard once, packed; the last batch is filled up with empty rows."""
 
     def __init__(self, shard: Shard, *, rows_per_batch: int, source_row_tokens: int, target_row_tokens: int):
         self.shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
