@@ -3,7 +3,7 @@
 torch.optim.Muon runs its Newton-Schulz iteration in bfloat16, matrix by matrix: right on a GPU, ruinous on a CPU. Here
 matrices of one shape are stacked and iterated together, in float32 on a CPU and bfloat16 on a GPU. Cost: 10 x min(n,
 m)^2 x (2 max(n, m) + min(n, m)) FLOPs a matrix and step, whatever the batch. At the batches that a CPU can afford this
-exceeds the gradient's own cost for whole matrices; head by head it is a tenth.
+exceeds the gradient's own cost for whole matrices; head by head it is a fraction.
 """
 
 # M matrices of one shape, N rows, O columns
