@@ -49,5 +49,4 @@ class DataSettings:
     text: TextSettings
     packing: PackingSettings
     copies_per_request: Count
-    symbolic_frac: Annotated[float, Field(ge=0, lt=1)]
     seed: Annotated[int, Field(ge=0)]
