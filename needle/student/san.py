@@ -11,6 +11,7 @@ Cost: base (26.2M) trains at about 7 x parameters FLOPs a token; see `python -m 
 # C copy width, V vocabulary
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -25,7 +26,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from needle.text.tokenizer import BOS, EOS, PAD, QUERY, TOOLS, TextCodec
 
 NORM_EPSILON = 1e-6
-SHORTEST_WORD = 4  # letters; shorter words (the, a, to) start without importance
+SHORTEST_WORD = 3  # letters; shorter words (a, to, of) never match
+STEM_LETTERS = 4  # words match by their first letters: remind, reminder, reminders
+LETTER_BITS = 15  # STEM_LETTERS of them fit into an int64
+INITIAL_IMPORTANCE = 0.2  # a letter: long words are rare words, as good as inverse document frequency here
 INITIAL_STRENGTH = 4.0
 PROBABILITY_FLOOR = 1e-30  # keeps the logarithm finite where float32 probabilities underflow
 
@@ -119,10 +123,7 @@ class SimpleAttentionNetwork:
         config = SANConfig(vocab_size=codec.vocab_size, separator_id=codec.separator_id, **settings)
         model = SANForConditionalGeneration(config)
         if model.lexical_match is not None:
-            words = codec.words()
-            numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
-            long_enough = [float(word.isalpha() and len(word) >= SHORTEST_WORD) for word in words]
-            model.lexical_match.start(torch.tensor([numbers[word] for word in words]), torch.tensor(long_enough))
+            model.lexical_match.start(codec.texts())
         return model
 
 
@@ -325,25 +326,51 @@ class CopyHead(nn.Module):
 class LexicalMatch(nn.Module):
     """Which tool shares words with the request, as an encoder input and as a bias on the copy head's scores.
 
-    A tool's score is the summed importance of its words that the request holds too, over the square root of its length.
-    Importances are learned per token and start at 1 for longer words, 0 for the rest, so that matching words count from
-    the first step; without this a small student still picks tools at random long after it can copy.
+    A tool's score is the summed importance of the tokens of its words that the request holds too, over the square root
+    of its length. Words are put together from their tokens, so that rare words match however they were cut, and match
+    by their first letters. Importances are learned per token and start at the number of letters, so that matching words
+    count from the first step; without this a small student still picks tools at random long after it can copy.
     """
 
     def __init__(self, config: SANConfig):
         super().__init__()
         self.separator_id = config.separator_id
-        self.register_buffer("words", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.register_buffer("letters", torch.zeros(config.vocab_size, dtype=torch.long))
+        self.register_buffer("starts_word", torch.zeros(config.vocab_size, dtype=torch.bool))
+        self.register_buffer("stems", torch.zeros(config.vocab_size, STEM_LETTERS + 1, dtype=torch.long))
         self.importance = nn.Parameter(torch.zeros(config.vocab_size))
-        self.feature = nn.Parameter(torch.zeros(config.width))
+        self.feature = nn.Parameter(torch.zeros(2, config.width))
         self.strength = nn.Linear(config.width, 1)
 
     @torch.no_grad()
-    def start(self, words_V: Tensor, importance_V: Tensor) -> None:
-        """`words_V`: equal numbers for tokens that are one word whatever their case, space or plural."""
-        self.words.copy_(words_V)
-        self.importance.copy_(importance_V)
+    def start(self, texts: Sequence[str]) -> None:
+        """`texts`: every token's text, with its leading space."""
+        words = [text.strip() if text.strip().isalpha() else "" for text in texts]
+        # A capital opens a word too: camelCase names are several.
+        opens = [bool(word) and (text[0] == " " or word[0].isupper()) for text, word in zip(texts, words, strict=True)]
+        self.letters.copy_(torch.tensor([len(word) for word in words]))
+        self.starts_word.copy_(torch.tensor(opens))
+        self.stems.copy_(
+            torch.tensor([[_stem(word.lower()[:length]) for length in range(STEM_LETTERS + 1)] for word in words])
+        )
+        self.importance.copy_(INITIAL_IMPORTANCE * self.letters)
         self.strength.bias.fill_(INITIAL_STRENGTH)
+
+    def word_stems(self, ids_BS: Tensor) -> Tensor:
+        """[B, S]: for every token the stem of the word it is part of; negative and unlike all others without one."""
+        letters_BS = self.letters[ids_BS]
+        in_word_BS = letters_BS > 0
+        follows_word_BS = F.pad(in_word_BS[:, :-1], (1, 0))
+        starts_BS = ~in_word_BS | ~follows_word_BS | self.starts_word[ids_BS]
+        before_BS = letters_BS.cumsum(dim=1) - letters_BS
+        before_BS = before_BS - torch.where(starts_BS, before_BS, 0).cummax(dim=1).values
+        shift_BS = before_BS.clamp_max(STEM_LETTERS)
+        part_BS = self.stems[ids_BS, STEM_LETTERS - shift_BS] << (LETTER_BITS * shift_BS.clamp_max(STEM_LETTERS - 1))
+        word_BS = starts_BS.cumsum(dim=1) - 1
+        stem_BS = torch.zeros_like(ids_BS).scatter_add(1, word_BS, part_BS).gather(1, word_BS)
+        length_BS = torch.zeros_like(ids_BS).scatter_add(1, word_BS, letters_BS).gather(1, word_BS)
+        nothing_BS = -1 - torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
+        return torch.where(length_BS >= SHORTEST_WORD, stem_BS, nothing_BS)
 
     def scores(self, ids_BS: Tensor, segments_BS: Tensor) -> Tensor:
         """[B, S]: for every token of a tool that tool's score; 0 for the request."""
@@ -353,11 +380,17 @@ class LexicalMatch(nn.Module):
         in_request_BS = ids_BS.gather(1, last_marker_BS) == QUERY
         part_BS = (markers | (ids_BS == self.separator_id)).cumsum(dim=1)
         same_part_BSS = (part_BS[:, :, None] == part_BS[:, None, :]).float()
-        words_BS = self.words[ids_BS]
-        same_word_BSS = (words_BS[:, :, None] == words_BS[:, None, :]) & in_request_BS[:, None, :]
+        stems_BS = self.word_stems(ids_BS)
+        same_word_BSS = (stems_BS[:, :, None] == stems_BS[:, None, :]) & in_request_BS[:, None, :]
         matched_BS = (same_word_BSS & (segments_BS[:, :, None] == segments_BS[:, None, :])).any(dim=-1)
         weight_BS = self.importance[ids_BS] * (matched_BS & ~in_request_BS)
         return (same_part_BSS @ weight_BS.unsqueeze(-1)).squeeze(-1) / same_part_BSS.sum(dim=-1).sqrt()
+
+    def embed(self, scores_BS: Tensor, segments_BS: Tensor) -> Tensor:
+        """[B, S, D] for the encoder: a tool's score, and how far it stays behind the example's best."""
+        best_BS = torch.zeros_like(scores_BS).scatter_reduce(1, segments_BS, scores_BS, "amax")
+        behind_BS = best_BS.gather(1, segments_BS) - scores_BS
+        return torch.stack((scores_BS, behind_BS), dim=-1) @ self.feature
 
     def bias(self, state_BTD: Tensor, scores_BS: Tensor) -> Tensor:
         """[B, T, S], as strong as the decoder's state wants it."""
@@ -430,7 +463,7 @@ class SANEncoder(SANPreTrainedModel):
         x, scores = embedded, None
         if self.lexical_match is not None:
             scores = self.lexical_match.scores(input_ids, segments)
-            x = x + scores.unsqueeze(-1) * self.lexical_match.feature
+            x = x + self.lexical_match.embed(scores, segments)
         for layer in self.layers:
             x = layer(x, mask, angles)
         x = self.norm(x)
@@ -545,6 +578,10 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         return Seq2SeqLMOutput(
             loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=memory
         )
+
+
+def _stem(letters: str) -> int:
+    return sum(min(ord(letter), 2**LETTER_BITS - 1) << (LETTER_BITS * place) for place, letter in enumerate(letters))
 
 
 def _segments(ids_BS: Tensor, attention_mask: Tensor | None, segments_BS: Tensor | None) -> Tensor:

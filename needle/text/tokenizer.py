@@ -23,7 +23,8 @@ PAD, BOS, EOS, TOOLS, QUERY = range(len(SPECIALS))
 STRUCTURES = (
     '[{"name":"', '","arguments":{"', '","arguments":{}}]', '","arguments":{}},{"name":"', '":"', '":', '":["', '":[',
     '":{"', '","', ',"', '"}}]', '"}},{"name":"', '}}]', '}},{"name":"', '"]}}]', '"]}},{"name":"', ']}}]',
-    ']}},{"name":"', '"],"', '],"', '"},"', '},"', '"}]', '"},{"', '},{"', "[]",
+    ']}},{"name":"', '"}}}]', '"}}},{"name":"', '}}}]', '}}},{"name":"', '":[{"', '"],"', '],"', '"},"', '},"', '"}]',
+    '"},{"', '},{"', "[]",
 )  # fmt: skip
 # Splits camelCase humps, keeps one leading space on a word, isolates digits, punctuation and whitespace one by one.
 _WORDS = r" ?\p{Lu}?\p{Ll}+| ?\p{Lu}+(?!\p{Ll})| ?\p{L}| ?[^\s\p{L}\p{N}]|\p{N}|\s"
@@ -83,10 +84,9 @@ class TextCodec:
         """The token between two tools of a prompt; it stands nowhere else."""
         return self.tokenizer.token_to_id("\u010a")  # the byte-level alphabet's line break
 
-    def words(self) -> list[str]:
-        """For every token the word it is, whatever its case, leading space or plural s."""
-        tokens = [self.tokenizer.decode([number], skip_special_tokens=False) for number in range(self.vocab_size)]
-        return [_plain_word(token) for token in tokens]
+    def texts(self) -> list[str]:
+        """Every token's text, by id."""
+        return [self.tokenizer.decode([number], skip_special_tokens=False) for number in range(self.vocab_size)]
 
     def encode_prompt(self, query: str, tools: Sequence[Tool]) -> list[int]:
         """`<tools>` tools `<query>` request, as ids."""
@@ -134,8 +134,3 @@ class TextCodec:
             if len(self._segment_ids) < 200_000:
                 self._segment_ids[text] = ids
         return ids
-
-
-def _plain_word(token: str) -> str:
-    word = token.strip().lower()
-    return word[:-1] if len(word) > 3 and word.endswith("s") else word

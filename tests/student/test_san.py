@@ -339,20 +339,64 @@ def test_copying_finds_what_followed_a_token_in_the_source(codec: TextCodec):
     assert copied.max(-1).values.min() > 0.99
 
 
+def lexical_match(*texts: str) -> LexicalMatch:
+    match = LexicalMatch(SANConfig(vocab_size=len(texts), width=8, separator_id=5))
+    match.start(texts)
+    return match
+
+
 def test_lexical_match_by_hand():
-    """Tools [5 6] and [7 8 9], request [9 6 9]: each tool holds one word of the request, of importance 1 and 2."""
-    match = LexicalMatch(SANConfig(vocab_size=12, width=8, separator_id=11))
-    importance = torch.zeros(12)
-    importance[[6, 9, 7]] = torch.tensor([1.0, 2.0, 5.0])
-    match.start(torch.arange(12), importance)
-    ids = torch.tensor([[TOOLS, 5, 6, 11, 7, 8, 9, QUERY, 9, 6, 9, PAD]])
-    first, second = 1 / 3**0.5, 2 / 4**0.5  # over the root of the length, its opening token included
-    by_hand = torch.tensor([[first] * 3 + [second] * 4 + [0.0] * 5])
-    assert torch.allclose(match.scores(ids, (ids != PAD).long()), by_hand)
-    # Tokens that are one word match each other: 4 stands for 6 here.
-    match.start(torch.where(torch.arange(12) == 4, 6, torch.arange(12)), importance)
-    other_form = torch.where(ids == 6, torch.where(torch.arange(12) > 7, 4, 6), ids)
-    assert torch.allclose(match.scores(other_form, (ids != PAD).long()), by_hand)
+    """Tools [play music] and [pause game], request [the music game game]: each holds one word of the request."""
+    match = lexical_match(*"?????", "\n", "play", " music", "pause", " game", " the")
+    importance = torch.zeros(11)
+    importance[[6, 7, 9]] = torch.tensor([5.0, 1.0, 2.0])
+    match.importance.data.copy_(importance)
+    ids = torch.tensor([[TOOLS, 6, 7, 5, 8, 9, QUERY, 10, 7, 9, 9, PAD]])
+    first, second = 1 / 3**0.5, 2 / 3**0.5  # over the root of the length, its opening token included
+    by_hand = torch.tensor([[first] * 3 + [second] * 3 + [0.0] * 6])
+    segments = (ids != PAD).long()
+    assert torch.allclose(match.scores(ids, segments), by_hand)
+    # Packed behind another example, whose words are not its own.
+    doubled, apart = torch.cat([ids[:, :7], ids], dim=1), torch.cat([segments[:, :7], 2 * segments], dim=1)
+    alone = torch.cat([torch.zeros(1, 7), by_hand], dim=1)
+    assert torch.allclose(match.scores(doubled, apart), alone)
+    match.feature.data = torch.eye(2, 8)
+    behind = torch.where(segments == 1, second - by_hand, 0.0)
+    assert torch.allclose(match.embed(by_hand, segments)[..., :2], torch.stack([by_hand, behind], dim=-1))
+
+
+def test_words_are_put_together_from_their_tokens_and_known_by_their_first_letters():
+    texts = (
+        "?",
+        "?",
+        "?",
+        "?",
+        "?",
+        "\n",
+        " re",
+        "minder",
+        " remin",
+        "ds",
+        "Wea",
+        "wea",
+        "ther",
+        "_",
+        " a",
+        "get",
+        "7",
+    )
+    number = {text: texts.index(text) for text in texts}
+    match = lexical_match(*texts)
+
+    def stems(*tokens: str) -> list[int]:
+        return match.word_stems(torch.tensor([[number[token] for token in tokens]]))[0].tolist()
+
+    whole = stems(" re", "minder")
+    assert whole[0] == whole[1] == stems(" remin", "ds")[0] > 0  # one word however it is cut, and in the plural
+    hump, part = stems("get", "Wea", "ther"), stems("get", "_", "wea", "ther")
+    assert hump[1] == hump[2] == part[2] == part[3] != hump[0] == part[0]
+    assert len({*stems(" a", "7", "_", " a")}) == 4
+    assert max(stems(" a", "7", "_", " a")) < 0
 
 
 def test_value_and_gradient_of_the_copy_mixture_are_those_of_float64(codec: TextCodec):
