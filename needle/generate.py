@@ -3,7 +3,7 @@
     python -m needle.generate
 
 Writes artifacts/corpus-HASH: train.jsonl, validation.jsonl, test.jsonl, unseen.jsonl, tools.json, quarantine.jsonl and
-a data card.
+README.md, the data card. data/README.md is the card of the default settings.
 """
 
 import json
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from needle import artifacts, config
+from needle.corpus.card import card
 from needle.data.settings import DataSettings
 from needle.runs import Paths
 from needle.schema import SPLITS
 from needle.teacher.recorded import RecordedTeacher
 
-GENERATE_VERSION = 1
+GENERATE_VERSION = 2
 
 
 def corpus_folder(paths: Paths, data: DataSettings) -> Path:
@@ -50,6 +51,7 @@ def main(cfg: dict[str, Any], *, teacher: RecordedTeacher, data: DataSettings, p
             (temporary / f"{split}.jsonl").write_text(lines, "utf-8")
         tools = {domain: [asdict(tool) for tool in of_domain] for domain, of_domain in catalogue.tools.items()}
         (temporary / "tools.json").write_text(json.dumps(tools, ensure_ascii=False), "utf-8")
+        (temporary / "README.md").write_text(card(catalogue, by_split, folder=teacher.folder), "utf-8")
         bad = "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in catalogue.quarantine)
         (temporary / "quarantine.jsonl").write_text(bad, "utf-8")
     print(f"corpus: {folder}\n{json.dumps(counts, indent=2)}")
