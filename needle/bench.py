@@ -6,7 +6,9 @@ Every figure is the median of several measurements after a warm-up, and is print
 since a rate without that says little about the code.
 """
 
+import random
 import statistics
+import string
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +56,13 @@ def sgemm_gflops(repeats: int) -> float:
     """Rate of a 1024 x 1024 x 1024 float32 product at the current number of threads, in GFLOP/s."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     return 2 * 1024**3 / median_seconds(lambda: a @ b, warmup=3, repeats=repeats) / 1e9
+
+
+def made_up_texts(count: int) -> list[str]:
+    """Words of random letters, each twice, which hold enough repeated pairs for a tokenizer of any usual size."""
+    letters = random.Random(0)
+    words = ["".join(letters.choices(string.ascii_lowercase, k=letters.randint(3, 9))) for _ in range(count)]
+    return [f"{word} {word}" for word in words]
 
 
 def packed_batch(shape: BenchShape, *, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -109,6 +118,17 @@ def training_step(
     return {"forward_backward": gradients, "optimizer": update, "whole_step": step}
 
 
+def time_by_operation(step: Callable[[], Any], *, shown: int) -> dict[str, float]:
+    """Share of one step's CPU time spent in each of the `shown` costliest operations themselves, and in the rest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    seconds = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profiler.key_averages()}
+    whole = sum(seconds.values())
+    costliest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:shown]
+    shares = {name: round(seconds[name] / whole, 4) for name in costliest}
+    return {**shares, "all others": round(1 - sum(shares.values()), 4)}
+
+
 def decoding_rate(model: torch.nn.Module, codec: TextCodec, *, new_tokens: int, repeats: int) -> float:
     """Tokens a second of one request answered with the KV cache, one token a step, without a grammar.
 
@@ -140,7 +160,6 @@ BENCH_TOOLS = tuple(
     )
     for thing in ("light", "heating", "volume", "blind")
 )
-BENCH_TEXTS = [" ".join(f"w{number:x}" for number in range(start, start + 8)) for start in range(0, 20000, 4)]
 BENCH_REQUEST = "turn the heating in the upstairs bathroom to 21 and dim the light in the hall"
 
 
@@ -159,34 +178,42 @@ def main(
     warmup: Count,
     repeats: Count,
     decode_tokens: Count,
+    operations: Annotated[int, Field(ge=0)],
     output: Path | None,
 ) -> None:
     torch.set_flush_denormal(True)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    codec = TextCodec(train_tokenizer(BENCH_TEXTS, vocab_size=vocab_size), "signature")
+    codec = TextCodec(train_tokenizer(made_up_texts(vocab_size), vocab_size=vocab_size), "signature")
     model = student.build(codec)
     figures: dict[str, Any] = {
         "student": student.name,
+        "vocabulary": codec.vocab_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "threads": torch.get_num_threads(),
         "compiled": compile,
         "sgemm_gflop_per_s": round(sgemm_gflops(repeats=20), 1),
     }
-    data = packed_batch(batch, vocab_size=vocab_size)
+    data = packed_batch(batch, vocab_size=codec.vocab_size)
     tokens = batch.rows * (batch.source_tokens + batch.target_tokens)
     optimizer = optim.build(model)
-    for name, part in training_step(model, optimizer, loss, weighting, compiled=compile).items():
+    parts = training_step(model, optimizer, loss, weighting, compiled=compile)
+    for name, part in parts.items():
         seconds = median_seconds(partial(part, data), warmup=warmup, repeats=repeats)
         figures[f"{name}_s"] = round(seconds, 4)
     figures["training_tokens_per_s"] = round(tokens / figures["whole_step_s"], 1)
+    shares = time_by_operation(lambda: parts["whole_step"](data), shown=operations) if operations else {}
     rate = decoding_rate(model.eval(), codec, new_tokens=decode_tokens, repeats=repeats)
     figures["decoding_tokens_per_s"] = round(rate, 1)
     for name, value in figures.items():
         print(f"{name:28} {value}")
+    if shares:
+        print("\nwhere a step's time goes:")
+    for name, share in shares.items():
+        print(f"  {name:44} {share:6.1%}")
     if output is not None:
-        write_json_atomic(output, figures)
+        write_json_atomic(output, {**figures, **({"step_time_share": shares} if shares else {})})
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
     """
 
     def decorate(function: Callable[..., None]) -> Callable[[], None]:
+        if function.__module__ == "__main__":
+            # A stage's own settings class must be one class, whether python -m or a target's path leads to it.
+            sys.modules.setdefault(f"needle.{name}", sys.modules["__main__"])
+
         @functools.wraps(function)
         def task(cfg: DictConfig) -> None:
             previous = signal.signal(signal.SIGTERM, _terminated)
