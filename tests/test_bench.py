@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SMALL = ["batch.rows=2", "batch.source_tokens=32", "batch.target_tokens=16", "vocab_size=400", "threads=1"]
-FEW = ["compile=false", "warmup=0", "repeats=1", "decode_tokens=4"]
+FEW = ["compile=false", "warmup=1", "repeats=1", "decode_tokens=4"]
 
 
 def test_bench_prints_and_writes_its_figures(repository: Path, tmp_path: Path):
