@@ -16,7 +16,7 @@ from needle import artifacts, config
 from needle.corpus.card import card
 from needle.data.settings import DataSettings
 from needle.runs import Paths
-from needle.schema import SPLITS
+from needle.schema import SPLITS, BadLine
 from needle.teacher.recorded import RecordedTeacher
 
 GENERATE_VERSION = 2
@@ -52,8 +52,7 @@ def main(cfg: dict[str, Any], *, teacher: RecordedTeacher, data: DataSettings, p
         tools = {domain: [asdict(tool) for tool in of_domain] for domain, of_domain in catalogue.tools.items()}
         (temporary / "tools.json").write_text(json.dumps(tools, ensure_ascii=False), "utf-8")
         (temporary / "README.md").write_text(card(catalogue, by_split, folder=teacher.folder), "utf-8")
-        bad = "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in catalogue.quarantine)
-        (temporary / "quarantine.jsonl").write_text(bad, "utf-8")
+        (temporary / "quarantine.jsonl").write_text("".join(map(BadLine.to_json, catalogue.quarantine)), "utf-8")
     print(f"corpus: {folder}\n{json.dumps(counts, indent=2)}")
 
 

@@ -25,7 +25,7 @@ from needle.data.shards import Shard, ShardWriter
 from needle.errors import ConfigError
 from needle.generate import corpus_folder
 from needle.runs import Paths
-from needle.schema import Example, Tool, read_examples
+from needle.schema import BadLine, Example, Tool, read_examples
 from needle.text.render import Span, render_calls, render_query, render_tools
 from needle.text.tokenizer import TextCodec, train_tokenizer
 
@@ -37,6 +37,7 @@ Encoded = tuple[str, list[int], list[int], list[int]]
 def shards_folder(paths: Paths, data: DataSettings) -> Path:
     tokenizer = artifacts.hash_file(Path(data.text.tokenizer) / "tokenizer.json") if data.text.tokenizer else None
     parts = {"corpus": corpus_folder(paths, data).name, "data": data, "tokenizer": tokenizer}
+    parts["given"] = artifacts.hash_files(data.given)
     return paths.artifacts / f"shards-{artifacts.fingerprint(version=PREPARE_VERSION, **parts)}"
 
 
@@ -52,9 +53,11 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
     splits = {split: _read(corpus, split, data) for split in ("train", *EVALUATION_SPLITS)}
     if not splits["train"]:
         raise ConfigError(f"data.split.domains={data.split.domains} leave no training request")
-    mixer = Mixer(data, train=splits["train"], tools={d: t for d, t in tools.items() if data.split.uses(d)})
-    counts: dict[str, Any] = {}
-    inputs = {"corpus": corpus.name, "tokenizer": str(data.text.tokenizer)}
+    given, refused = _given(data, evaluated=[e for split in EVALUATION_SPLITS for e in splits[split]])
+    used = {domain: of_domain for domain, of_domain in tools.items() if data.split.uses(domain)}
+    mixer = Mixer(data, train=splits["train"], tools=used, given=given)
+    counts: dict[str, Any] = {"given": {"examples": len(given), "refused": len(refused)}}
+    inputs = {"corpus": corpus.name, "tokenizer": str(data.text.tokenizer), "given": ", ".join(map(str, data.given))}
     with artifacts.publish(folder, kind="shards", inputs=inputs, counts=counts) as temporary:
         codec = _codec(data, mixer)
         codec.save(temporary)
@@ -70,7 +73,8 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
             counts["train"] = _write(temporary / "train", [item for part in parts for item in part], data)
         encoded = [_encode(codec, example) for example in splits["validation"]]
         counts["validation"] |= _write(temporary / "validation", encoded, data)
-        counts["kinds"] = dict(Counter(example.kind for example in splits["train"]))
+        counts["kinds"] = dict(Counter(example.kind for example in (*splits["train"], *given)))
+        (temporary / "quarantine.jsonl").write_text("".join(map(BadLine.to_json, refused)), "utf-8")
         counts["vocabulary"] = codec.vocab_size
         counts["train"]["padding_frac"] = _padding(temporary / "train", data)
     print(f"shards: {folder}\n{json.dumps(counts, indent=2)}")
@@ -86,6 +90,22 @@ def _read(corpus: Path, split: str, data: DataSettings) -> list[Example]:
     path = corpus / f"{split}.jsonl"
     examples = read_examples(path)[0] if path.stat().st_size else []
     return [example for example in examples if split == "unseen" or data.split.uses(example.domain)]
+
+
+def _given(data: DataSettings, *, evaluated: Sequence[Example]) -> tuple[list[Example], list[BadLine]]:
+    """The sound examples of `data.given`, and those refused: unsound, or with the words of an evaluated request."""
+    words = {data.split.words(example.query) for example in evaluated}
+    kept: list[Example] = []
+    refused: list[BadLine] = []
+    for path in data.given:
+        examples, bad = read_examples(path)
+        refused += bad
+        for number, example in enumerate(examples, 1):
+            if data.split.words(example.query) in words:
+                refused.append(BadLine(str(path), number, "is an evaluated request", example.to_json()))
+            else:
+                kept.append(example)
+    return kept, refused
 
 
 def _codec(data: DataSettings, mixer: Mixer) -> TextCodec:

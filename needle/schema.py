@@ -233,6 +233,10 @@ class BadLine:
     reason: str
     text: str
 
+    def to_json(self) -> str:
+        """As a line of a quarantine.jsonl."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
     """`read_stream` of a file.

@@ -35,23 +35,16 @@ class Augment:
     shuffle_parameters: Probability
     noise: Probability
 
-    def __call__(self, example: Example, *, rng: np.random.Generator, tools: ToolPool, values: ValuePool) -> Example:
-        """A varied copy; its id is the original's."""
+    def __call__(
+        self, example: Example, *, rng: np.random.Generator, tools: ToolPool | None, values: ValuePool
+    ) -> Example:
+        """A varied copy; its id is the original's. Without a pool of `tools` the example keeps those that it shows."""
         example = swap_values(example, rng=rng, pool=values, probability=self.swap_value)
         example = disturb(example, rng=rng, probability=self.noise)
         if example.calls and rng.random() < self.no_tools:
             return example.replace(tools=(), calls=(), kind="no_tools")
-        removed = bool(example.calls) and rng.random() < self.remove_gold
-        example = show_tools(
-            example,
-            rng=rng,
-            pool=tools,
-            count=self._count(rng),
-            hard_frac=self.hard_frac,
-            remove_gold=removed,
-        )
-        if removed and example.kind not in EMPTY_KINDS:
-            example = example.replace(calls=(), kind="near_miss" if example.tools else "no_tools")
+        if tools is not None:
+            example = self._show(example, rng, tools)
         return rename(
             example,
             rng=rng,
@@ -62,6 +55,15 @@ class Augment:
             drop_optional=self.drop_optional,
             shuffle_parameters=self.shuffle_parameters,
         )
+
+    def _show(self, example: Example, rng: np.random.Generator, tools: ToolPool) -> Example:
+        removed = bool(example.calls) and rng.random() < self.remove_gold
+        example = show_tools(
+            example, rng=rng, pool=tools, count=self._count(rng), hard_frac=self.hard_frac, remove_gold=removed
+        )
+        if removed and example.kind not in EMPTY_KINDS:
+            example = example.replace(calls=(), kind="near_miss" if example.tools else "no_tools")
+        return example
 
     def _count(self, rng: np.random.Generator) -> int:
         """1 to tools_max; the larger `few_tools_bias`, the fewer (0: uniform)."""

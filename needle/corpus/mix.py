@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,22 +22,29 @@ def generator(*parts: object) -> np.random.Generator:
 
 
 class Mixer:
-    """Draws examples; `train` and `tools` are of the seen domains of the slice."""
+    """Draws examples; `train` and `tools` are of the seen domains of the slice, `given` brings its own tools."""
 
-    def __init__(self, settings: "DataSettings", *, train: Sequence[Example], tools: Mapping[str, Sequence[Tool]]):
+    def __init__(
+        self,
+        settings: "DataSettings",
+        *,
+        train: Sequence[Example],
+        tools: Mapping[str, Sequence[Tool]],
+        given: Sequence[Example] = (),
+    ):
         self.settings = settings
-        self.train = train
+        self.train, self.given = train, given
         self.seen = {d: t for d, t in tools.items() if d not in settings.split.unseen_domains}
         self.tools = ToolPool(self.seen)
-        self.values = ValuePool(train)
+        self.values, self.given_values = ValuePool(train), ValuePool(given)
 
     def training(self, part: int, parts: int) -> Iterator[Example]:
         """Every `parts`-th training example, from number `part`; copy k of a request depends on (seed, request, k)."""
-        for number in range(part, len(self.train) * self.settings.copies_per_request, parts):
-            copy, index = divmod(number, len(self.train))
-            example = self.train[index]
+        recorded = product(range(self.settings.copies_per_request), self.train, [self.tools], [self.values])
+        given = product(range(self.settings.given_copies), self.given, [None], [self.given_values])
+        for copy, example, tools, values in islice(chain(recorded, given), part, None, parts):
             rng = generator(self.settings.seed, example.id, copy)
-            varied = self.settings.augment(example, rng=rng, tools=self.tools, values=self.values)
+            varied = self.settings.augment(example, rng=rng, tools=tools, values=values)
             yield varied.replace(id=f"{example.id}-{copy}", split="train")
 
 

@@ -25,12 +25,16 @@ class SplitRule:
     def assign(self, example: Example) -> str:
         if example.domain in self.unseen_domains:
             return "unseen"
-        # Digits and punctuation are left out, so that requests that differ in a number only stay together.
-        key = " ".join(re.findall(r"[^\W\d_]+", example.query.lower()))
-        position = int.from_bytes(hashlib.sha256(f"{self.salt}|{key}".encode()).digest()[:8], "big") / 2**64
+        key = f"{self.salt}|{self.words(example.query)}"
+        position = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
         if position < self.test_frac:
             return "test"
         return "validation" if position < self.test_frac + self.validation_frac else "train"
+
+    @staticmethod
+    def words(query: str) -> str:
+        """Without digits and punctuation, so that requests that differ in a number only stay together."""
+        return " ".join(re.findall(r"[^\W\d_]+", query.lower()))
 
     def uses(self, domain: str) -> bool:
         return self.domains is None or domain in self.domains

@@ -40,9 +40,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`corpus`: folder of the recorded teacher's files."""
+    """`corpus`: folder of the recorded teacher's files. `given`: JSONL files of examples with their tools, which join
+    the training examples."""
 
     corpus: Path
+    given: tuple[Path, ...]
+    given_copies: Count
     split: SplitRule
     augment: Augment
     evaluation: EvaluationSettings

@@ -57,6 +57,7 @@ class SANConfig(PreTrainedConfig):
         lexical_match: bool = False,
         separator_id: int = -1,
         selective_read: bool = False,
+        dropout_frac: float = 0.0,
         **kwargs: Any,
     ):
         self.vocab_size = vocab_size
@@ -75,6 +76,7 @@ class SANConfig(PreTrainedConfig):
         self.lexical_match = lexical_match
         self.separator_id = separator_id
         self.selective_read = selective_read
+        self.dropout_frac = dropout_frac
         # Names that transformers' cache and generation code look for.
         self.hidden_size = width
         self.num_hidden_layers = decoder_layers
@@ -109,6 +111,7 @@ class SimpleAttentionNetwork:
     copy_width: Annotated[int, Field(ge=8)]
     lexical_match: bool
     selective_read: bool
+    dropout_frac: Annotated[float, Field(ge=0, lt=1)]
 
     def __post_init__(self) -> None:
         if self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
@@ -205,16 +208,17 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + sigmoid(gate) * norm?(f(norm(x))): the wrapping of every sublayer."""
+    """x + sigmoid(gate) * dropout(norm?(f(norm(x)))): the wrapping of every sublayer."""
 
     def __init__(self, config: SANConfig):
         super().__init__()
         self.norm = RMSNorm(config.width)
         self.after = RMSNorm(config.width) if config.sandwich_norm else nn.Identity()
         self.gate = nn.Parameter(torch.zeros(())) if config.gated else None
+        self.dropout = nn.Dropout(config.dropout_frac)
 
     def add(self, x: Tensor, change: Tensor) -> Tensor:
-        change = self.after(change)
+        change = self.dropout(self.after(change))
         return x + (change if self.gate is None else torch.sigmoid(self.gate) * change)
 
 
@@ -444,6 +448,7 @@ class SANEncoder(SANPreTrainedModel):
         self.embedding = embedding
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = RMSNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout_frac)
         # The model's own, set by it, so that their keys are computed once a source.
         self.copy_head: CopyHead | None = None
         self.lexical_match: LexicalMatch | None = None
@@ -464,6 +469,7 @@ class SANEncoder(SANPreTrainedModel):
         if self.lexical_match is not None:
             scores = self.lexical_match.scores(input_ids, segments)
             x = x + self.lexical_match.embed(scores, segments)
+        x = self.dropout(x)
         for layer in self.layers:
             x = layer(x, mask, angles)
         x = self.norm(x)
@@ -482,6 +488,7 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         self.encoder = SANEncoder(config, self.embedding)
         self.decoder_layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
         self.norm = RMSNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout_frac)
         self.copy_head = CopyHead(config) if config.copy else None
         self.lexical_match = LexicalMatch(config) if config.copy and config.lexical_match else None
         self.selective_read = SelectiveRead(config) if config.selective_read else None
@@ -561,6 +568,7 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         x = self.embedding(decoder_input_ids) * math.sqrt(self.config.width)
         if self.selective_read is not None:
             x = x + self.selective_read(decoder_input_ids, memory, encoder_outputs.source_ids, cross_mask.squeeze(1))
+        x = self.dropout(x)
         for layer in self.decoder_layers:
             x = layer(x, memory, self_mask, cross_mask, angles, past_key_values)
         x = self.norm(x)
