@@ -53,7 +53,7 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
     splits = {split: _read(corpus, split, data) for split in ("train", *EVALUATION_SPLITS)}
     if not splits["train"]:
         raise ConfigError(f"data.split.domains={data.split.domains} leave no training request")
-    given, refused = _given(data, evaluated=[e for split in EVALUATION_SPLITS for e in splits[split]])
+    given, refused = _given(data, corpus)
     used = {domain: of_domain for domain, of_domain in tools.items() if data.split.uses(domain)}
     mixer = Mixer(data, train=splits["train"], tools=used, given=given)
     counts: dict[str, Any] = {"given": {"examples": len(given), "refused": len(refused)}}
@@ -87,13 +87,18 @@ def _tools(corpus: Path) -> dict[str, tuple[Tool, ...]]:
 
 def _read(corpus: Path, split: str, data: DataSettings) -> list[Example]:
     """The split's requests in the slice. Unseen domains are in every slice: they are what it is not trained on."""
+    return [e for e in _read_all(corpus, split) if split == "unseen" or data.split.uses(e.domain)]
+
+
+def _read_all(corpus: Path, split: str) -> list[Example]:
     path = corpus / f"{split}.jsonl"
-    examples = read_examples(path)[0] if path.stat().st_size else []
-    return [example for example in examples if split == "unseen" or data.split.uses(example.domain)]
+    return read_examples(path)[0] if path.stat().st_size else []
 
 
-def _given(data: DataSettings, *, evaluated: Sequence[Example]) -> tuple[list[Example], list[BadLine]]:
-    """The sound examples of `data.given`, and those refused: unsound, or with the words of an evaluated request."""
+def _given(data: DataSettings, corpus: Path) -> tuple[list[Example], list[BadLine]]:
+    """The sound examples of `data.given`, and those refused: unsound, or with the words of a request that some slice
+    is evaluated on."""
+    evaluated = [example for split in EVALUATION_SPLITS for example in _read_all(corpus, split)] if data.given else []
     words = {data.split.words(example.query) for example in evaluated}
     kept: list[Example] = []
     refused: list[BadLine] = []

@@ -35,7 +35,7 @@ def student(codec: TextCodec):
     torch.manual_seed(1)
     shape = {"width": 32, "heads": 2, "kv_heads": 1, "encoder_layers": 1, "decoder_layers": 1, "ffn_width": 0}
     switches = {"gated": True, "qk_norm": True, "sandwich_norm": False, "copy": True, "copy_width": 8}
-    more = {"lexical_match": True, "selective_read": True, "rope_theta": 1e4}
+    more = {"lexical_match": True, "selective_read": True, "rope_theta": 1e4, "dropout_frac": 0.1}
     return SimpleAttentionNetwork(name="t", **shape, **switches, **more).build(codec)
 
 

@@ -181,3 +181,31 @@ def _wait_for(happened, process: subprocess.Popen, timeout_s: float = 120) -> No
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_given_examples_join_the_training_data_and_bad_or_evaluated_ones_are_set_aside(prepared: Path, tmp_path: Path):
+    (tmp_path / "artifacts").mkdir()
+    (corpus,) = (prepared / "artifacts").glob("corpus-*")
+    (tmp_path / "artifacts" / corpus.name).symlink_to(corpus)
+    tools = [{"name": "open_door", "description": "Open a door.", "parameters": {"type": "object", "properties": {}}}]
+    good = {"id": "g1", "query": "open it up", "tools": tools, "calls": [{"name": "open_door"}], "kind": "single"}
+    evaluated = json.loads((corpus / "test.jsonl").read_text().splitlines()[0])
+    lines = [
+        good,
+        {**good, "id": "g2", "calls": [{"name": "shut"}]},
+        {**evaluated, "query": evaluated["query"].upper()},
+    ]
+    given = tmp_path / "given.jsonl"
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = [f"data.given=[{given}]", "data.given_copies=2", *SLICE]
+    done = needle("prepare", *settings, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (shards,) = (tmp_path / "artifacts").glob("shards-*")
+    assert json.loads((shards / "manifest.json").read_text())["counts"]["given"] == {"examples": 1, "refused": 2}
+    reasons = [json.loads(line)["reason"] for line in (shards / "quarantine.jsonl").read_text().splitlines()]
+    assert any("unknown tool 'shut'" in reason for reason in reasons)
+    assert "is an evaluated request" in reasons
+    missing = needle("prepare", f"data.given=[{tmp_path / 'absent.jsonl'}]", *SLICE, folder=tmp_path)
+    assert missing.returncode == 2
+    assert "absent.jsonl" in missing.stderr
+    assert "Traceback" not in missing.stderr

@@ -139,6 +139,20 @@ def test_training_never_shows_unseen_tools_and_copies_are_independent():
     assert all(tuple(values_alike[e.id]) == e.tools for e in fewer.training(0, 1) if not e.calls)
 
 
+def test_given_examples_join_with_the_tools_they_show():
+    plan = data("default", "data.copies_per_request=1", "data.given_copies=3", "data.augment.swap_value=1")
+    own = [
+        e.replace(id=f"given-{e.id}", domain="") for e in evaluation(RECORDED.examples[5:400:40], RECORDED.tools, plan)
+    ]
+    kept = replace(plan, augment=replace(OFF, swap_value=1.0))
+    drawn = list(Mixer(kept, train=RECORDED.examples[:3], tools=RECORDED.tools, given=own).training(0, 1))
+    assert len(drawn) == 3 + 3 * len(own)
+    by_id = {e.id: e for e in own}
+    for varied in drawn[3:]:
+        assert varied.tools == by_id[varied.id.rpartition("-")[0]].tools
+        assert varied.problems() == []
+
+
 def test_evaluation_adds_distractors_only():
     plan = data()
     chosen = RECORDED.examples[::200]

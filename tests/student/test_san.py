@@ -280,6 +280,16 @@ def test_every_switch_trains_every_parameter(build, shard: Shard, switch: dict):
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_dropout_changes_training_only(build, shard: Shard):
+    inputs = inputs_of(collate(shard, [list(range(len(CASES)))], **ROW))
+    model, without = build(dropout_frac=0.5), build()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, without(**inputs).logits)
+        torch.manual_seed(1)
+        first, second = (model.train()(**inputs).logits for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_the_loss_given_labels_is_the_mean_cross_entropy(build, shard: Shard):
     model = build()
     batch = alone(shard, 0)
