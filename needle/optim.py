@@ -162,6 +162,10 @@ class OptimSettings:
     def rate_at(self, step: int, *, total_steps: int) -> float:
         """The factor on every learning rate: linear warm-up, 1, then linear decay to 0 over the last `decay_frac`."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        decay_steps = self.decay_frac * total_steps
+        decay_steps = total_steps - self.decay_start(total_steps=total_steps)
         left = (total_steps - step) / decay_steps if decay_steps else 1.0
         return max(0.0, min(warm, left, 1.0))
+
+    def decay_start(self, *, total_steps: int) -> float:
+        """The step at which rates begin to fall."""
+        return total_steps - self.decay_frac * total_steps

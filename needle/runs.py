@@ -70,6 +70,15 @@ class Run:
                 continue
         return records
 
+    def resume(self, cfg: dict[str, Any]) -> None:
+        """Marks the run as running again, with `cfg`; run.json keeps when, from which code and what was set before."""
+        record = self.record
+        this = {"at_utc": _now(), **source_state(), "steps_before": self.config["trainer"]["steps"]}
+        write_text_atomic(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
+        record |= {"status": "running", "finished_utc": None, "resumed": [*record.get("resumed", []), this]}
+        record["dirty"] = record["dirty"] or this["dirty"]
+        write_json_atomic(self.folder / "run.json", record)
+
     def truncate_history(self, *, after_step: int) -> None:
         """Forgets what was logged after the checkpoint that a resumed run starts from."""
         kept = [record for record in self.history() if record["step"] <= after_step]
@@ -120,7 +129,7 @@ def claim(root: Path, *, stage: str, name: str, cfg: dict[str, Any], inputs: dic
 
 
 def reopen(folder: Path) -> Run:
-    """A run to be continued.
+    """A run that can be continued, untouched as yet.
 
     Raises:
         DataError: the folder is no run's, or the run is finished.
@@ -131,7 +140,6 @@ def reopen(folder: Path) -> Run:
     run = Run(folder)
     if run.record["status"] == "finished":
         raise DataError(f"{folder} is finished: there is nothing to continue")
-    write_json_atomic(folder / "run.json", {**run.record, "status": "running", "resumed_utc": _now()})
     return run
 
 

@@ -3,16 +3,17 @@
     python -m needle.train student=san_nano loss=forward_kl teacher=checkpoint data=demo seed=1
     python -m needle.train --multirun loss=hard_label,forward_kl seed=0,1,2 teacher=checkpoint
     python -m needle.train resume=runs/train/NAME
+    python -m needle.train resume=runs/train/NAME trainer.steps=4000
 
 Ends with runs/train/NAME/model/ (safetensors). Ctrl-C finishes the step, writes a checkpoint and says how to go on;
 after a kill the last checkpoint is continued and the trace of losses is the one that the uninterrupted run would have
-had.
+had. A run may be continued to another length, since rates stay level until the decay at its end.
 """
 
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -77,9 +78,7 @@ def main(
     seed: Annotated[int, Field(ge=0)],
 ) -> None:
     if resume is not None:
-        run = reopen(resume)
-        settings = config.build_settings(run.config, main.stage_function)
-        _train(run.config, run=run, checkpoint=newest_checkpoint(run.folder / "checkpoints"), **settings)
+        _continue(resume, trainer.steps if _new_length(cfg["_overrides_"]) else None)
         return
     _train(
         cfg,
@@ -100,6 +99,38 @@ def main(
         samples=samples,
         seed=seed,
     )
+
+
+def _new_length(overrides: Sequence[str]) -> bool:
+    """Whether a resumed run gets another number of steps, the one setting of its that may change.
+
+    Raises:
+        ConfigError: the command line asks for another change, which would be ignored.
+    """
+    names = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for name, override in zip(names, overrides, strict=True):
+        if name not in ("resume", "trainer.steps") and not name.startswith(("paths.", "hydra")):
+            raise ConfigError(
+                f"{override}: a resumed run keeps its own settings, only trainer.steps may change; leave it out, or "
+                "start another run"
+            )
+    return "trainer.steps" in names
+
+
+def _continue(folder: Path, steps: int | None) -> None:
+    run = reopen(folder)
+    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    cfg = run.config
+    if steps is not None:
+        optim, before = config.build_settings(cfg, main.stage_function)["optim"], cfg["trainer"]["steps"]
+        if optim.decay_start(total_steps=min(steps, before)) < step_of(checkpoint):
+            raise ConfigError(
+                f"trainer.steps={steps}: the run is at step {step_of(checkpoint)}, where the rates of a run of "
+                f"{min(steps, before)} steps fall already; choose another length, or start another run"
+            )
+        cfg["trainer"]["steps"] = steps
+    run.resume(cfg)
+    _train(cfg, run=run, checkpoint=checkpoint, **config.build_settings(cfg, main.stage_function))
 
 
 def _train(

@@ -129,6 +129,28 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(workplace: Path, unint
     assert trace(run) == trace(uninterrupted)
 
 
+def test_a_stopped_run_continues_to_another_length(workplace: Path):
+    level = ["logger=none", "optim.decay_frac=0"]
+    whole = needle("train", *SLICE, *STUDENT, *SMALL, *level, "trainer.steps=12", folder=workplace)
+    assert whole.returncode == 0, whole.stderr
+    uninterrupted = the_run(workplace).rename(workplace / "uninterrupted")
+    shorter = needle("train", *SLICE, *STUDENT, *SMALL, *level, "trainer.steps=8", folder=workplace)
+    assert shorter.returncode == 0, shorter.stderr
+    run = the_run(workplace)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    for overrides, word in (["trainer.steps=5"], "fall already"), (["trainer.steps=12", "seed=3"], "seed=3"):
+        refused = needle("train", f"resume={run}", *overrides, folder=workplace)
+        assert refused.returncode == 2
+        assert word in refused.stderr
+    done = needle("train", f"resume={run}", "trainer.steps=12", folder=workplace)
+    assert done.returncode == 0, done.stderr
+    assert trace(run) == trace(uninterrupted)
+    record = json.loads((run / "run.json").read_text())
+    assert [resumed["steps_before"] for resumed in record["resumed"]] == [8]
+    assert record["facts"]["steps"] == 12
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
