@@ -45,8 +45,10 @@ class Progress:
         if tenth > self._printed or (done >= total > 0 and self._printed < 10):
             self._printed = tenth
             started, at = self._first
+            # Nothing can be estimated from the first update, with which a resumed run begins anywhere.
             left_s = (now - started) / max(done - at, 1) * (total - done)
-            print(f"{self.title}: {done}/{total}, {left_s:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)
+            left = f", {left_s:.0f} s left" if done > at or done >= total else ""
+            print(f"{self.title}: {done}/{total}{left} {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

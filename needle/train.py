@@ -121,6 +121,13 @@ def _continue(folder: Path, steps: int | None) -> None:
     run = reopen(folder)
     checkpoint = newest_checkpoint(run.folder / "checkpoints")
     cfg = run.config
+    try:
+        config.check({key: value for key, value in cfg.items() if not key.startswith("_")}, main.stage_function)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} was started by commit {run.record['commit'][:12]}, whose settings are not this code's; continue "
+            f"it with that commit, or start another run:\n{error}"
+        ) from error
     if steps is not None:
         optim, before = config.build_settings(cfg, main.stage_function)["optim"], cfg["trainer"]["steps"]
         if optim.decay_start(total_steps=min(steps, before)) < step_of(checkpoint):

@@ -25,5 +25,9 @@ def test_the_end_is_always_written_once(capsys: pytest.CaptureFixture, steps: li
     assert sum(f"{total}/{total}" in line for line in written) == 1
 
 
+def test_a_resumed_run_begins_without_an_estimate(capsys: pytest.CaptureFixture):
+    assert lines(capsys, [40], 85) == ["scores: 40/85 step 40"]
+
+
 def test_nothing_to_do_writes_nothing(capsys: pytest.CaptureFixture):
     assert lines(capsys, [0], 0) == []

@@ -143,6 +143,13 @@ def test_a_stopped_run_continues_to_another_length(workplace: Path):
         refused = needle("train", f"resume={run}", *overrides, folder=workplace)
         assert refused.returncode == 2
         assert word in refused.stderr
+    stored = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(stored.replace("given_copies:", "copies_that_were_given:"))
+    older = needle("train", f"resume={run}", folder=workplace)
+    assert older.returncode == 2
+    assert all(word in older.stderr for word in (record["commit"][:12], "copies_that_were_given"))
+    assert "Traceback" not in older.stderr
+    (run / "config.yaml").write_text(stored)
     done = needle("train", f"resume={run}", "trainer.steps=12", folder=workplace)
     assert done.returncode == 0, done.stderr
     assert trace(run) == trace(uninterrupted)
