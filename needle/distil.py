@@ -105,7 +105,7 @@ class Distillation(pl.LightningModule):
         detached = []
         for start in range(0, len(weights), self.settings.rows_per_micro_batch):
             rows = slice(start, start + self.settings.rows_per_micro_batch)
-            nats, _ = self._nats({name: tensor[rows] for name, tensor in batch.items()})
+            nats, _right = self._nats({name: tensor[rows] for name, tensor in batch.items()})
             self.manual_backward(reduce(nats_RT=nats, weights_RT=weights[rows]).sum_nats / weight)
             detached.append(nats.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.grad_clip_norm)

@@ -235,7 +235,7 @@ def _evaluate(texts: Sequence[str], examples: Sequence[Example]) -> dict[str, An
     metric = evaluate.load(str(METRIC_FOLDER), keep_in_memory=True)
     references = [json.dumps(example.to_dict()) for example in examples]
     safe = [_without_surrogates(text) for text in texts]
-    return metric.compute(predictions=safe, references=references, group_by=matching.GROUPS)
+    return metric.compute(predictions=safe, references=references, group_by=matching.GROUPS) or {}
 
 
 def _line(example: Example, answer: Decoded, text: str) -> str:

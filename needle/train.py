@@ -293,8 +293,8 @@ def _sample_answers(
             example.query,
             ", ".join(tool.name for tool in example.tools),
             canonical_json([asdict(call) for call in example.calls]),
-            answer.error or canonical_json([asdict(call) for call in answer.calls]),
-            round(answer.confidence, 4),
+            answer.error or canonical_json([asdict(call) for call in answer.calls or ()]),
+            round(answer.confidence or 0.0, 4),
         )
         for example, answer in zip(chosen, answers, strict=True)
     ]

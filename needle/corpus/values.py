@@ -45,13 +45,13 @@ def swap_values(example: Example, *, rng: np.random.Generator, pool: ValuePool, 
         if rng.random() >= probability or not _is_free(value, schemas[example.calls[i].name].get(key, {})):
             continue
         old = str(value)
-        if not _span(query, old) or any(old in text or text in old for text in _others(texts, old)):
+        span = _span(query, old)
+        if span is None or any(old in text or text in old for text in _others(texts, old)):
             continue
         new = pool.draw(key, rng) if isinstance(value, str) else _other_integer(value, rng)
         if new is None or str(new) == old or _occurs(query, str(new)) or any(str(new) in text for text in texts):
             continue
-        start, end = _span(query, old)
-        query = query[:start] + str(new) + query[end:]
+        query = query[: span[0]] + str(new) + query[span[1] :]
         calls[i][key] = new
         texts[texts.index(old)] = str(new)
     changed = tuple(ToolCall(call.name, arguments) for call, arguments in zip(example.calls, calls, strict=True))

@@ -82,7 +82,10 @@ class TextCodec:
     @property
     def separator_id(self) -> int:
         """The token between two tools of a prompt; it stands nowhere else."""
-        return self.tokenizer.token_to_id("\u010a")  # the byte-level alphabet's line break
+        number = self.tokenizer.token_to_id("\u010a")  # the byte-level alphabet's line break
+        if number is None:
+            raise DataError("the tokenizer has no token for a line break: it is not byte-level")
+        return number
 
     def texts(self) -> list[str]:
         """Every token's text, by id."""
