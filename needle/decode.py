@@ -1,12 +1,15 @@
 """A student's answers: greedy decoding with the KV cache, held to the grammar of the tools shown or left free.
 
 A step whose mask leaves one token needs no model to be decided; such forced tokens (most of JSON's structure, the rest
-of a name) are gathered and fed to the decoder together. Answers do not depend on what else is in the batch.
+of a name) are gathered and fed to the decoder together. Under a grammar the last quarter of `max_new_tokens` closes what
+is open, so that a student that repeats itself still gives valid calls. Answers do not depend on what else is in the
+batch.
 """
 
 # B rows still decoding, S source tokens, V vocabulary
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +25,7 @@ from needle.text.grammar import AnswerGrammar, allowed_tokens
 from needle.text.render import parse_calls
 from needle.text.tokenizer import BOS, EOS, PAD, TextCodec
 
+CLOSING_FRAC = 0.25  # of max_new_tokens
 Request = tuple[str, Sequence[Tool]]
 
 
@@ -65,6 +69,11 @@ class Decoder:
         self.model, self.codec = model.eval(), codec
         self.grammar = AnswerGrammar(codec.tokenizer, max_calls=max_calls) if constrained else None
         self.max_new_tokens, self.max_source_tokens = max_new_tokens, max_source_tokens
+        self.closing_after = max_new_tokens - int(CLOSING_FRAC * max_new_tokens)
+        closers = [text if not text.strip('"}]') else "" for text in codec.texts()]
+        self.closes_string_V = np.array([text.startswith('"') for text in closers])
+        self.closes_structure_V = np.array([text.startswith(("}", "]")) for text in closers])
+        self.closes_structure_V[EOS] = True
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Request]) -> list[Decoded]:
@@ -144,13 +153,23 @@ class Decoder:
             masks = lln.allocate_token_bitmask(len(decided), scores.shape[1])
             for j, i in enumerate(decided):
                 lln.fill_next_token_bitmask(live[i].matcher, masks, j)
-            scores = np.where(allowed_tokens(masks, scores.shape[1]), scores, -np.inf)
+            allowed = allowed_tokens(masks, scores.shape[1])
+            for j, i in enumerate(decided):
+                if len(live[i].answer) >= self.closing_after:
+                    closing = allowed[j] & self._closers(live[i])
+                    allowed[j] = closing if closing.any() else allowed[j]
+            scores = np.where(allowed, scores, -np.inf)
         for j, i in enumerate(decided):
             row, token = live[i], int(scores[j].argmax())
             row.log_prob += float(log_probs_BV[i, token])
             self._append(row, token)
             if not row.done and row.matcher is not None:
                 self._append_forced(row)
+
+    def _closers(self, row: _Row) -> np.ndarray:
+        """The tokens that close what the answer has open: a string where its quotes are odd, or brackets."""
+        quotes = re.sub(r"\\.", "", self.codec.decode(row.answer)).count('"')
+        return self.closes_string_V if quotes % 2 else self.closes_structure_V
 
     def _append(self, row: _Row, token: int) -> None:
         row.answer.append(token)

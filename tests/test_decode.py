@@ -1,5 +1,6 @@
 """Decoding: batches, forced tokens and the grammar change how fast an answer comes, not which."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from needle.decode import Decoder
-from needle.schema import Tool, call_problems
+from needle.decode import Decoder, _Row
+from needle.schema import Tool, ToolCall, call_problems
 from needle.student import SimpleAttentionNetwork, save
 from needle.text.tokenizer import EOS, TextCodec, train_tokenizer
 
@@ -20,6 +21,16 @@ TOOLS = [
     Tool("play.song", "Play music.", {"type": "object", "properties": {"mood": {"enum": ["calm", "loud"]}}}),
     Tool("stop", "Stop everything.", {"type": "object", "properties": {}}),
 ]
+TEXT = {"type": "string"}
+NOTE = Tool(
+    "note",
+    "Write a note.",
+    {
+        "type": "object",
+        "properties": {"text": TEXT, "tags": {"type": "array", "items": TEXT}, "more": {"type": "object"}},
+        "required": ["text"],
+    },
+)
 REQUESTS = [
     (f"set a timer for {n} minutes{' and play something calm' * (n % 3)}", TOOLS[: 1 + n % 3]) for n in range(12)
 ]
@@ -81,6 +92,28 @@ def test_a_grammarless_greedy_answer_is_the_likeliest_token_each_step(student, c
         if ids[-1] == EOS:
             break
     assert answer.token_ids == ids[1:]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_answer_that_does_not_end_by_itself_is_closed(codec: TextCodec, student, seed: int):
+    restless = copy.deepcopy(student)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in restless.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    tools = [*TOOLS, NOTE]
+    for answer in decoder(restless, codec, max_new_tokens=120).decode([(query, tools) for query, _ in REQUESTS]):
+        assert answer.error is None
+        assert not any(call_problems(call, {tool.name: tool for tool in tools}) for call in answer.calls)
+
+
+def test_a_quote_inside_a_value_does_not_close_it(codec: TextCodec, student):
+    ids = codec.encode_target([ToolCall("note", {"text": 'a "b', "tags": ["c"]})], [NOTE])[0][:-1]
+    text = codec.decode(ids)
+    cut = codec.tokenizer.encode(text[: text.index("b") + 1], add_special_tokens=False).ids
+    one = decoder(student, codec)
+    assert one._closers(_Row(0, None, answer=cut)) is one.closes_string_V
+    assert one._closers(_Row(0, None, answer=ids)) is one.closes_structure_V
 
 
 def test_limits_are_told(student, codec: TextCodec):
