@@ -1,9 +1,9 @@
 """A student's answers: greedy decoding with the KV cache, held to the grammar of the tools shown or left free.
 
 A step whose mask leaves one token needs no model to be decided; such forced tokens (most of JSON's structure, the rest
-of a name) are gathered and fed to the decoder together. Under a grammar the last quarter of `max_new_tokens` closes what
-is open, so that a student that repeats itself still gives valid calls. Answers do not depend on what else is in the
-batch.
+of a name) are gathered and fed to the decoder together. Under a grammar the last quarter of `max_new_tokens` closes
+what is open, so that a student that repeats itself still gives valid calls. Answers do not depend on what else is in
+the batch.
 """
 
 # B rows still decoding, S source tokens, V vocabulary
