@@ -5,6 +5,7 @@ parameters are enforced; arguments come in the order of the tool's schema; every
 of `render`.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,9 @@ _FORMATS = {
 _KEPT = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems")
 _MAX_DEPTH = 16
 CACHED_GRAMMARS = 256
+# Otherwise llguidance tokenises fixed text by itself and masks every other cut of it, also the one that students are
+# taught where a token, such as `","arguments":{"`, reaches beyond the fixed text.
+UNFORCED = '%llguidance {"no_forcing": true}'
 
 
 class AnswerGrammar:
@@ -57,9 +61,8 @@ class AnswerGrammar:
     def _compile(self, tools: Sequence[Tool]) -> llguidance.LLMatcher:
         problem = ""
         for loose in (False, True):
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(
-                canonical_schema(tools, self.max_calls, loose=loose)
-            )
+            schema = json.dumps(canonical_schema(tools, self.max_calls, loose=loose), ensure_ascii=False)
+            grammar = llguidance.LLMatcher.grammar_from_lark(f"{UNFORCED}\nstart: %json {schema}")
             matcher = llguidance.LLMatcher(self.tokens, grammar, log_level=0)
             if not matcher.is_error():
                 return matcher

@@ -33,8 +33,15 @@ def grammar(codec: TextCodec) -> AnswerGrammar:
 
 
 def accepts(grammar: AnswerGrammar, codec: TextCodec, calls, tools) -> bool:
+    """Whether the tokens that a student is taught pass one by one, by the masks that decoding sees."""
     ids, _ = codec.encode_target(calls, tools)
-    return grammar.matcher(tools).validate_tokens(ids) == len(ids)
+    matcher, mask = grammar.matcher(tools), lln.allocate_token_bitmask(1, codec.vocab_size)
+    for token in ids:
+        lln.fill_next_token_bitmask(matcher, mask, 0)
+        if not allowed_tokens(mask, codec.vocab_size)[0][token]:
+            return False
+        matcher.consume_token(token)
+    return True
 
 
 def test_every_recorded_answer_is_let_through(recorded, codec: TextCodec, grammar: AnswerGrammar):
