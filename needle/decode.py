@@ -74,6 +74,7 @@ class Decoder:
         self.closes_string_V = np.array([text.startswith('"') for text in closers])
         self.closes_structure_V = np.array([text.startswith(("}", "]")) for text in closers])
         self.closes_structure_V[EOS] = True
+        self.ends_number_V = np.array([text.startswith(",") for text in codec.texts()])
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Request]) -> list[Decoded]:
@@ -156,8 +157,8 @@ class Decoder:
             allowed = allowed_tokens(masks, scores.shape[1])
             for j, i in enumerate(decided):
                 if len(live[i].answer) >= self.closing_after:
-                    closing = allowed[j] & self._closers(live[i])
-                    allowed[j] = closing if closing.any() else allowed[j]
+                    preferred = (allowed[j] & closers_V for closers_V in self._closers(live[i]))
+                    allowed[j] = next((mask for mask in preferred if mask.any()), allowed[j])
             scores = np.where(allowed, scores, -np.inf)
         for j, i in enumerate(decided):
             row, token = live[i], int(scores[j].argmax())
@@ -166,10 +167,11 @@ class Decoder:
             if not row.done and row.matcher is not None:
                 self._append_forced(row)
 
-    def _closers(self, row: _Row) -> np.ndarray:
-        """The tokens that close what the answer has open: a string where its quotes are odd, or brackets."""
+    def _closers(self, row: _Row) -> tuple[np.ndarray, ...]:
+        """The tokens that close what the answer has open, best first: a string where its quotes are odd; else brackets,
+        or a number that required parameters follow."""
         quotes = re.sub(r"\\.", "", self.codec.decode(row.answer)).count('"')
-        return self.closes_string_V if quotes % 2 else self.closes_structure_V
+        return (self.closes_string_V,) if quotes % 2 else (self.closes_structure_V, self.ends_number_V)
 
     def _append(self, row: _Row, token: int) -> None:
         row.answer.append(token)

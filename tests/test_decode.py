@@ -31,6 +31,16 @@ NOTE = Tool(
         "required": ["text"],
     },
 )
+NUMBER = {"type": "number"}
+LOAN = Tool(
+    "loan",
+    "Work out a loan.",
+    {
+        "type": "object",
+        "properties": {"amount": NUMBER, "years": {"type": "integer"}, "rate": NUMBER},
+        "required": ["amount", "years", "rate"],
+    },
+)
 REQUESTS = [
     (f"set a timer for {n} minutes{' and play something calm' * (n % 3)}", TOOLS[: 1 + n % 3]) for n in range(12)
 ]
@@ -101,7 +111,7 @@ def test_an_answer_that_does_not_end_by_itself_is_closed(codec: TextCodec, stude
     with torch.no_grad():
         for parameter in restless.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
-    tools = [*TOOLS, NOTE]
+    tools = [NOTE, LOAN]
     for answer in decoder(restless, codec, max_new_tokens=120).decode([(query, tools) for query, _ in REQUESTS]):
         assert answer.error is None
         assert not any(call_problems(call, {tool.name: tool for tool in tools}) for call in answer.calls)
@@ -112,8 +122,8 @@ def test_a_quote_inside_a_value_does_not_close_it(codec: TextCodec, student):
     text = codec.decode(ids)
     cut = codec.tokenizer.encode(text[: text.index("b") + 1], add_special_tokens=False).ids
     one = decoder(student, codec)
-    assert one._closers(_Row(0, None, answer=cut)) is one.closes_string_V
-    assert one._closers(_Row(0, None, answer=ids)) is one.closes_structure_V
+    assert one._closers(_Row(0, None, answer=cut))[0] is one.closes_string_V
+    assert one._closers(_Row(0, None, answer=ids))[0] is one.closes_structure_V
 
 
 def test_limits_are_told(student, codec: TextCodec):
