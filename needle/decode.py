@@ -1,7 +1,7 @@
 """A student's answers: greedy decoding with the KV cache, held to the grammar of the tools shown or left free.
 
-A step whose mask leaves one token needs no model to be decided; such forced tokens (most of JSON's structure, the rest
-of a name) are gathered and fed to the decoder together. Under a grammar the last quarter of `max_new_tokens` closes
+A step whose mask leaves one token needs no model to be decided; such forced tokens are gathered and fed to the decoder
+together. Under a grammar the last quarter of `max_new_tokens` closes
 what is open, so that a student that repeats itself still gives valid calls. Answers do not depend on what else is in
 the batch.
 """
@@ -70,11 +70,12 @@ class Decoder:
         self.grammar = AnswerGrammar(codec.tokenizer, max_calls=max_calls) if constrained else None
         self.max_new_tokens, self.max_source_tokens = max_new_tokens, max_source_tokens
         self.closing_after = max_new_tokens - int(CLOSING_FRAC * max_new_tokens)
-        closers = [text if not text.strip('"}]') else "" for text in codec.texts()]
+        texts = codec.texts()
+        closers = [text if not text.strip('"}]') else "" for text in texts]
         self.closes_string_V = np.array([text.startswith('"') for text in closers])
         self.closes_structure_V = np.array([text.startswith(("}", "]")) for text in closers])
         self.closes_structure_V[EOS] = True
-        self.ends_number_V = np.array([text.startswith(",") for text in codec.texts()])
+        self.ends_number_V = np.array([text.startswith(",") for text in texts])
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Request]) -> list[Decoded]:
