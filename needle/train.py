@@ -48,7 +48,8 @@ from needle.tracking import Tracking
 def legal(*, teacher: Teacher, loss: Loss, **_: Any) -> None:
     """The teacher x loss rule, checked while the configuration is composed."""
     names = {"loss_name": type(loss).__name__, "teacher_name": type(teacher).__name__}
-    check_legal(needs=loss.needs, capabilities=teacher.capabilities, **names)
+    gives = {"capabilities": teacher.capabilities, "tokenizer": teacher.tokenizer}
+    check_legal(needs=loss.needs, **gives, **names)
     stored = getattr(teacher, "temperature", None)
     if "top_k" in loss.needs and stored != getattr(loss, "temperature", stored):
         raise ConfigError(

@@ -1,13 +1,15 @@
-"""What a teacher can give, the check that a loss asks for no more, and what passes between a hosted teacher and us.
+"""What a teacher can give, the check that a loss asks for no more, and what passes between an asked teacher and us.
 
-A hosted or slow teacher is asked through `TeacherCall` and answers with `TeacherReply`. Both are plain data: the ledger
-stores them, and neither ever holds a key.
+A teacher that answers question by question is asked with a `TeacherCall` and answers with a `TeacherReply`. Both are
+plain data: the ledger stores them, and neither ever holds a key.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
 
 from needle.errors import ConfigError
 from needle.schema import Tool, canonical_json
@@ -15,22 +17,28 @@ from needle.schema import Tool, canonical_json
 # text: one answer. samples: several, with weights. top_k: log-probabilities of the likeliest tokens at every position.
 # full_logits: of all tokens. live: can score the student's own output while it trains.
 CAPABILITIES = ("text", "samples", "top_k", "full_logits", "live")
+# Those that speak of single tokens, and so of a tokenizer.
+TOKEN_CAPABILITIES = frozenset({"top_k", "full_logits", "live"})
 
-
-# ok: it can be used. empty: nothing came back, neither text nor call (an answer without calls is ok). malformed: it
+# label: calls for a request. author: requests with answers, or tools, as JSON.
+ROLES = ("label", "author")
+# ok: it can be used. empty: nothing came back, neither text nor call (a text without calls is ok). malformed: it
 # cannot be read as calls. truncated: a length limit cut it. blocked: the provider's safety rules withheld it.
 STATUSES = ("ok", "empty", "malformed", "truncated", "blocked")
 
 
 class Teacher(Protocol):
+    """`tokenizer`: whose tokens its distributions are over: the student's, or its own."""
+
     capabilities: ClassVar[frozenset[str]]
+    tokenizer: ClassVar[Literal["student", "own"]]
 
 
 @dataclass(frozen=True)
 class TeacherCall:
     """One question that can be bought: everything its answer depends on, and nothing else.
 
-    `role` is label (calls for a request) or author (requests with answers for tools). `settings` are JSON values:
+    `tools` is the canonical JSON of a list of `{"name", "description", "parameters"}`. `settings` are JSON values:
     temperature, limits, response schema. Equal calls with another `sample` are independent draws.
     """
 
@@ -39,7 +47,7 @@ class TeacherCall:
     role: str
     instruction: str
     prompt: str
-    tools: tuple[Mapping[str, Any], ...]
+    tools: str
     settings: Mapping[str, Any]
     sample: int = 0
 
@@ -62,6 +70,7 @@ class TokenLogProb:
 class TeacherReply:
     """What came back. `calls` are `{"name", "arguments"}` as answered, not yet validated; None where there is no
     answer to read. Tokens are the provider's count; prompt_tokens include cached ones; output_tokens exclude thinking.
+    `raw` is the provider's whole response as JSON values.
     """
 
     status: str
@@ -81,42 +90,85 @@ class TeacherReply:
 
 
 class TransientError(Exception):
-    """The provider did not answer, or asked to come again; nothing was billed. `retry_after_s` is its own wish."""
+    """The provider did not answer, or asked to come again. `retry_after_s` is its own wish; `billed` says that it may
+    have charged for the attempt all the same (a time-out, a cut connection)."""
 
-    def __init__(self, message: str, *, retry_after_s: float | None = None):
+    def __init__(self, message: str, *, retry_after_s: float | None = None, billed: bool = False):
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.billed = billed
 
 
 class FatalError(Exception):
-    """No repetition helps: wrong key, unknown model, a request the provider refuses as malformed."""
+    """No repetition helps. `every_call`: nor will any other call succeed (a wrong key, an unknown model)."""
+
+    def __init__(self, message: str, *, every_call: bool = False):
+        super().__init__(message)
+        self.every_call = every_call
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How an asked teacher may be asked. It changes when answers come, never which."""
+
+    concurrency: Annotated[int, Field(ge=1, le=4096)]
+    requests_per_minute: Annotated[float, Field(gt=0)] | None
+    timeout_s: Annotated[float, Field(gt=0)]
+    attempts_max: Annotated[int, Field(ge=1)]
+    wait_first_s: Annotated[float, Field(ge=0)]
+    wait_max_s: Annotated[float, Field(ge=0)]
+
+
+class Connection(Protocol):
+    """An open client of a teacher. It makes one attempt a call: retries, counting and storing are the buyer's."""
+
+    async def ask(self, call: TeacherCall) -> TeacherReply:
+        """Raises TransientError or FatalError."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class AskedTeacher(Teacher, Protocol):
-    """A teacher that answers call by call. It does not retry, count or store: needle.teacher.purchase does."""
+    """A teacher that answers call by call. It is settings only: building one needs neither key nor network."""
 
-    concurrency: int
+    traffic: Traffic
+    key_variable: str | None  # environment variable that holds the key; null: no key is needed
 
-    def label_call(self, query: str, tools: Sequence[Tool], *, sample: int) -> TeacherCall:
-        """The question; raises ConfigError when the provider cannot take a tool's schema, naming tool and keyword."""
+    def label_call(self, *, instruction: str, query: str, tools: Sequence[Tool], sample: int) -> TeacherCall:
+        """The question which tools a request calls for.
+
+        Raises:
+            ConfigError: the provider cannot take a tool; the message names the tool and the keyword of its schema.
+        """
         ...
 
-    async def ask(self, call: TeacherCall) -> TeacherReply:
-        """One attempt. Raises TransientError or FatalError."""
+    def author_call(
+        self, *, instruction: str, prompt: str, answer_schema: Mapping[str, Any], sample: int
+    ) -> TeacherCall:
+        """A question whose answer is JSON of `answer_schema`."""
         ...
 
     def most_usd(self, call: TeacherCall) -> float:
         """An upper bound of what one attempt can cost, from the price table and the call's limits."""
         ...
 
-    async def close(self) -> None: ...
+    def connect(self) -> Connection:
+        """Raises ConfigError when the key is not in the environment."""
+        ...
 
 
-def check_legal(*, loss_name: str, needs: Iterable[str], teacher_name: str, capabilities: Iterable[str]) -> None:
+def tools_json(tools: Sequence[Tool]) -> str:
+    """`tools` as a TeacherCall holds them."""
+    return canonical_json([asdict(tool) for tool in tools])
+
+
+def check_legal(
+    *, loss_name: str, needs: Iterable[str], teacher_name: str, capabilities: Iterable[str], tokenizer: str
+) -> None:
     """Raises ConfigError with the legal routes when the loss needs what the teacher cannot give."""
-    lacking = sorted(set(needs) - set(capabilities), key=CAPABILITIES.index)
-    if not lacking:
-        return
+    needed, given = frozenset(needs), frozenset(capabilities)
+    lacking = sorted(needed - given, key=CAPABILITIES.index)
     routes = {
         "top_k": "use loss=hard_label (cross-entropy with the recorded answers), or teacher=checkpoint after "
         "`python -m needle.signals teacher=checkpoint`",
@@ -125,7 +177,14 @@ def check_legal(*, loss_name: str, needs: Iterable[str], teacher_name: str, capa
         "samples": "use loss=hard_label, or a teacher that samples",
         "text": "use teacher=recorded",
     }
-    raise ConfigError(
-        f"loss={loss_name} needs {', '.join(lacking)}; teacher={teacher_name} gives {', '.join(sorted(capabilities))}: "
-        f"{routes[lacking[0]]}"
-    )
+    if lacking:
+        raise ConfigError(
+            f"loss={loss_name} needs {', '.join(lacking)}; teacher={teacher_name} gives {', '.join(sorted(given))}: "
+            f"{routes[lacking[0]]}"
+        )
+    foreign = sorted(needed & TOKEN_CAPABILITIES, key=CAPABILITIES.index)
+    if foreign and tokenizer != "student":
+        raise ConfigError(
+            f"loss={loss_name} needs {', '.join(foreign)} over the student's tokens; teacher={teacher_name} gives them "
+            f"over its own: {routes[foreign[0]]}"
+        )

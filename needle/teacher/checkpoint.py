@@ -8,7 +8,7 @@ The student it teaches must share its tokenizer, since the stored distributions 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class CheckpointTeacher:
     top_k: Annotated[int, Field(ge=1, le=65536)]
     temperature: Annotated[float, Field(gt=0)]
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "top_k", "full_logits", "live"})
+    tokenizer: ClassVar[Literal["student", "own"]] = "student"
 
     def model_folder(self) -> Path:
         folder = Path(self.checkpoint)

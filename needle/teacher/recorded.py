@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from needle.corpus.catalogue import Catalogue, load
 
@@ -13,6 +13,7 @@ class RecordedTeacher:
 
     folder: Path
     capabilities: ClassVar[frozenset[str]] = frozenset({"text"})
+    tokenizer: ClassVar[Literal["student", "own"]] = "own"
 
     def load(self) -> Catalogue:
         return load(self.folder)
