@@ -46,8 +46,9 @@ class PriceTable:
         """Raises ConfigError for a model without a price, since a budget could not be held."""
         price = self.models.get(model, self.otherwise)
         if price is None:
+            listed = ", ".join(sorted(self.models)) or "no model"
             raise ConfigError(
-                f"teacher.model={model}: the prices of {self.dated} are of {', '.join(sorted(self.models))}; add its own "
+                f"teacher.model={model}: no price; those of {self.dated} are of {listed}; add its own "
                 "to conf/prices (no budget can be held without one)"
             )
         return price
