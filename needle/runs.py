@@ -23,10 +23,11 @@ PACKAGES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "llguida
 
 @dataclass(frozen=True)
 class Paths:
-    """Where derived data and runs are kept (conf/paths)."""
+    """Where derived data, runs and bought answers are kept (conf/paths)."""
 
     artifacts: Path
     runs: Path
+    ledger: Path
 
 
 class Run:

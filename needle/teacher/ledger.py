@@ -61,7 +61,7 @@ CREATE TABLE IF NOT EXISTS accounts (name TEXT PRIMARY KEY, calls INTEGER, usd R
 CREATE TABLE IF NOT EXISTS failures (key BLOB, account TEXT, at_utc TEXT, reason TEXT, maybe_usd REAL);
 CREATE TABLE IF NOT EXISTS acceptance (
     account TEXT, name TEXT, passed INTEGER, failed INTEGER, quarantined INTEGER, PRIMARY KEY (account, name)
-) WITHOUT ROWID;
+);
 """
 
 
@@ -79,6 +79,17 @@ class Spending:
 
     calls: int
     usd: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One bought answer with its question. `account`: who paid, `bought_utc`: when."""
+
+    key: str
+    call: TeacherCall
+    reply: TeacherReply
+    account: str
+    bought_utc: str
 
 
 class Owner:
@@ -168,19 +179,21 @@ class Ledger:
         row = self._db.execute("SELECT log_probs, raw FROM payloads WHERE key=?", (bytes.fromhex(key),)).fetchone()
         if row is None:
             raise KeyError(key)
-        return _unpack_log_probs(row[0]), json.loads(zlib.decompress(row[1]))
+        return unpack_log_probs(row[0]), json.loads(zlib.decompress(row[1]))
 
-    def entries(self) -> Iterator[tuple[str, TeacherCall, TeacherReply]]:
-        """Every answer with its key and question, in the order of the keys; whole replies."""
+    def entries(self) -> Iterator[Entry]:
+        """Every answer, whole, in the order of the keys."""
         query = f"SELECT {', '.join(_ENTRY)} FROM replies r LEFT JOIN payloads p ON p.key = r.key ORDER BY r.key"
         texts = dict(self._db.execute("SELECT hash, text FROM texts"))
+        asked, answered = 1 + len(CALL_COLUMNS), 1 + len(CALL_COLUMNS) + len(REPLY_COLUMNS)
         for row in self._db.execute(query):
-            key, call, reply, (log_probs, raw) = row[0], row[1:9], row[9:-2], row[-2:]
-            named = dict(zip(CALL_COLUMNS, call, strict=True))
+            named = dict(zip(CALL_COLUMNS, row[1:asked], strict=True))
             named |= {column: texts[named[column]] for column in SHARED_TEXTS}
             named["settings"] = json.loads(named["settings"])
-            whole = {"log_probs": _unpack_log_probs(log_probs), "raw": json.loads(zlib.decompress(raw))}
-            yield key.hex(), TeacherCall(**named), _reply(reply, **whole)
+            account, bought_utc, log_probs, raw = row[answered:]
+            whole = {"log_probs": unpack_log_probs(log_probs), "raw": json.loads(zlib.decompress(raw))}
+            reply = _reply(row[asked:answered], **whole)
+            yield Entry(row[0].hex(), TeacherCall(**named), reply, account, bought_utc)
 
     def spending(self, account: str) -> Spending:
         row = self._db.execute("SELECT calls, usd FROM accounts WHERE name=?", (account,)).fetchone()
@@ -227,7 +240,7 @@ class Ledger:
 
     def settle(self, key: str, call: TeacherCall, reply: TeacherReply, *, account: str, most_usd: float) -> None:
         """Stores the answer, replaces the reservation by its price, and ends the claim."""
-        self.store(key, call, reply, account=account, bought_utc=_now())
+        self.store(Entry(key, call, reply, account, _now()))
         self._add(account, calls=0, usd=reply.cost_usd - most_usd)
         self._db.execute("DELETE FROM claims WHERE key=?", (bytes.fromhex(key),))
 
@@ -240,20 +253,20 @@ class Ledger:
         if asked:
             self._note_failure(blob, account, reason, most_usd if billed else 0.0)
 
-    def store(self, key: str, call: TeacherCall, reply: TeacherReply, *, account: str, bought_utc: str) -> bool:
+    def store(self, entry: Entry) -> bool:
         """Adds an answer; False when the question has one already, which then stays."""
-        blob = bytes.fromhex(key)
+        blob, call, reply = bytes.fromhex(entry.key), entry.call, entry.reply
         shared = [self._share(getattr(call, name)) for name in SHARED_TEXTS]
         settings = canonical_json(call.settings)
         asked = (call.provider, call.model, call.role, shared[0], call.prompt, shared[1], settings, call.sample)
         calls = None if reply.calls is None else json.dumps(reply.calls, ensure_ascii=False)
         answered = [calls if name == "calls" else getattr(reply, name) for name in REPLY_COLUMNS]
-        values = (blob, *asked, *answered, account, bought_utc)
+        values = (blob, *asked, *answered, entry.account, entry.bought_utc)
         marks = ", ".join("?" * len(values))
         stored = self._db.execute(f"INSERT OR IGNORE INTO replies VALUES ({marks})", values).rowcount == 1
         if stored:
             raw = zlib.compress(json.dumps(reply.raw, ensure_ascii=False).encode(), 1)
-            packed = _pack_log_probs(reply.log_probs)
+            packed = pack_log_probs(reply.log_probs)
             self._db.execute("INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)", (blob, packed, raw))
         return stored
 
@@ -326,14 +339,14 @@ def _reply(row: Sequence[Any], **more: Any) -> TeacherReply:
     return TeacherReply(**named, **more)
 
 
-def _pack_log_probs(log_probs: Sequence[TokenLogProb] | None) -> bytes | None:
+def pack_log_probs(log_probs: Sequence[TokenLogProb] | None) -> bytes | None:
     if log_probs is None:
         return None
     plain = [[_text(t.token), t.log_prob, [[_text(b), value] for b, value in t.top]] for t in log_probs]
     return zlib.compress(json.dumps(plain).encode(), 1)
 
 
-def _unpack_log_probs(packed: bytes | None) -> tuple[TokenLogProb, ...] | None:
+def unpack_log_probs(packed: bytes | None) -> tuple[TokenLogProb, ...] | None:
     if packed is None:
         return None
     plain = json.loads(zlib.decompress(packed))
@@ -352,4 +365,5 @@ def _bytes(text: str) -> bytes:
 
 
 _GET = f"SELECT {', '.join(REPLY_COLUMNS)} FROM replies WHERE key=?"
-_ENTRY = ("r.key", *(f"r.{name}" for name in (*CALL_COLUMNS, *REPLY_COLUMNS)), "p.log_probs", "p.raw")
+_STORED = (*CALL_COLUMNS, *REPLY_COLUMNS, "account", "bought_utc")
+_ENTRY = ("r.key", *(f"r.{name}" for name in _STORED), "p.log_probs", "p.raw")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from needle.errors import DataError
 from needle.teacher.base import TeacherCall, TeacherReply, TokenLogProb
-from needle.teacher.ledger import Budget, Ledger, Owner, Spending
+from needle.teacher.ledger import Budget, Entry, Ledger, Owner, Spending
 
 NO_LIMIT = Budget(None, None)
 text = st.text(max_size=20)
@@ -49,6 +49,10 @@ def question(prompt: str = "q", sample: int = 0) -> TeacherCall:
     return TeacherCall("p", "m", "label", "i", prompt, "[]", {"temperature": 0.5}, sample)
 
 
+def entry(call: TeacherCall, reply: TeacherReply) -> Entry:
+    return Entry(call.key(), call, reply, "a", "2026-01-01T00:00:00.000+00:00")
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "ledger.sqlite")
@@ -65,7 +69,7 @@ def test_what_is_stored_comes_back(tmp_path_factory: pytest.TempPathFactory, pai
     ledger = Ledger(tmp_path_factory.mktemp("ledger") / "l.sqlite")
     with ledger.transaction():
         for call, reply in pairs:
-            assert ledger.store(call.key(), call, reply, account="a", bought_utc="t")
+            assert ledger.store(entry(call, reply))
     for call, reply in pairs:
         found = ledger.get(call.key())
         assert found is not None
@@ -77,8 +81,7 @@ def test_what_is_stored_comes_back(tmp_path_factory: pytest.TempPathFactory, pai
             reply.cost_usd,
         )
         assert (log_probs, raw) == (reply.log_probs, reply.raw)
-    expected = sorted(((call.key(), call, reply) for call, reply in pairs), key=lambda entry: entry[0])
-    assert list(ledger.entries()) == expected
+    assert list(ledger.entries()) == sorted((entry(*pair) for pair in pairs), key=lambda entry: entry.key)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -96,8 +99,8 @@ def test_equal_questions_have_equal_keys_and_any_difference_another(call):
 def test_a_stored_answer_is_never_replaced(ledger: Ledger):
     call = question()
     with ledger.transaction():
-        assert ledger.store(call.key(), call, TeacherReply("ok", text="first"), account="a", bought_utc="t")
-        assert not ledger.store(call.key(), call, TeacherReply("ok", text="second"), account="a", bought_utc="t")
+        assert ledger.store(entry(call, TeacherReply("ok", text="first")))
+        assert not ledger.store(entry(call, TeacherReply("ok", text="second")))
     assert ledger.get(call.key()) == TeacherReply("ok", text="first")
     assert ledger.get(question("other").key()) is None
     with pytest.raises(KeyError):
@@ -175,9 +178,14 @@ def test_giving_up_costs_what_the_provider_may_have_charged(ledger: Ledger, aske
 
 def test_a_failed_transaction_leaves_nothing(ledger: Ledger):
     call = question()
-    with pytest.raises(ZeroDivisionError), ledger.transaction():
-        ledger.store(call.key(), call, TeacherReply("ok"), account="a", bought_utc="t")
-        _ = 1 / 0
+
+    def store_and_fail() -> None:
+        with ledger.transaction():
+            ledger.store(entry(call, TeacherReply("ok")))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store_and_fail()
     assert ledger.get(call.key()) is None
     assert ledger.rows("SELECT count(*) FROM texts") == [(0,)]
 
@@ -196,6 +204,5 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path):
 def test_texts_that_many_questions_share_are_stored_once(ledger: Ledger):
     with ledger.transaction():
         for i in range(5):
-            call = question(f"{i}")
-            ledger.store(call.key(), call, TeacherReply("ok"), account="a", bought_utc="t")
+            ledger.store(entry(question(f"{i}"), TeacherReply("ok")))
     assert ledger.rows("SELECT count(*) FROM texts") == [(2,)]
