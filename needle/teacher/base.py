@@ -6,7 +6,7 @@ plain data: the ledger stores them, and neither ever holds a key.
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
@@ -160,7 +160,7 @@ class AskedTeacher(Teacher, Protocol):
 
 def tools_json(tools: Sequence[Tool]) -> str:
     """`tools` as a TeacherCall holds them."""
-    return canonical_json([asdict(tool) for tool in tools])
+    return canonical_json([{"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools])
 
 
 def check_legal(
