@@ -7,6 +7,7 @@ full disk or a second process can only ever leave the old state or the new one.
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -41,6 +42,20 @@ def hash_file(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def hash_once(path: Path) -> str:
+    """The file's SHA-256, computed again only when its size or time changed: every call names it."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return _hashed(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hashed(path: Path, size: int, mtime_ns: int) -> str:
+    return hash_file(path)
 
 
 def hash_files(paths: Sequence[Path]) -> str:

@@ -1,19 +1,30 @@
-"""A checkpoint as teacher: what it stores is what it would say of each example alone."""
+"""A checkpoint as teacher: what it stores is what it would say of each example alone, what it answers is what the
+decoder gives."""
 
 # T target tokens, V vocabulary, K stored tokens
 
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from needle import config
 from needle.data.packing import collate
 from needle.data.shards import Shard, ShardWriter
+from needle.decode import Decoder
 from needle.errors import ConfigError, DataError
 from needle.loss.divergences import forward_kl_topk
-from needle.student import SANConfig, SANForConditionalGeneration, save
+from needle.schema import Tool
+from needle.student import SANConfig, SANForConditionalGeneration, load, save
+from needle.teacher.base import FatalError, TeacherCall, TeacherReply
 from needle.teacher.checkpoint import CheckpointTeacher
 from needle.text.tokenizer import EOS, QUERY, TOOLS, TextCodec, train_tokenizer
 
@@ -56,7 +67,8 @@ def folder(model: SANForConditionalGeneration, codec: TextCodec, tmp_path: Path)
 
 
 def teacher_of(folder: Path, **changes) -> CheckpointTeacher:
-    return CheckpointTeacher(**{"checkpoint": folder, "top_k": K, "temperature": 1.0, **changes})
+    node = OmegaConf.load(config.CONF / "teacher/checkpoint.yaml")
+    return config.build(OmegaConf.merge(node, {"checkpoint": str(folder), "top_k": K, **changes}))
 
 
 def alone(model: torch.nn.Module, shard: Shard, index: int, temperature: float) -> Tensor:
@@ -163,3 +175,105 @@ def test_shards_of_another_tokenizer_are_refused_with_what_to_do(folder: Path, c
         teacher_of(folder).check_tokenizer(other)
     with pytest.raises(DataError, match=r"none/tokenizer\.json"):
         teacher_of(folder).check_tokenizer(none)
+
+
+TIMER = Tool("timer", "Set a timer.", {"type": "object", "properties": {"minutes": {"type": "integer"}}})
+LAMP = Tool("lamp", "Switch.", {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]})
+REQUESTS = [
+    ("set a timer for ten minutes", (TIMER,)),
+    ("light", (LAMP, TIMER)),
+    ("another for five minutes please", (TIMER, LAMP)),
+    ("nothing at all", ()),
+    ("ten", (LAMP,)),
+]
+
+
+def label(teacher: CheckpointTeacher, query: str, tools: Sequence[Tool], instruction: str = "") -> TeacherCall:
+    return teacher.label_call(instruction=instruction, query=query, tools=tools, sample=0)
+
+
+def ask(teacher: CheckpointTeacher, calls: Sequence[TeacherCall]) -> list[Any]:
+    async def all_at_once() -> list[Any]:
+        connection = teacher.connect()
+        replies = await asyncio.gather(*map(connection.ask, calls), return_exceptions=True)
+        await connection.close()
+        return replies
+
+    return asyncio.run(all_at_once())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_it_answers_what_its_decoder_answers(folder: Path, batch_size: int):
+    teacher = teacher_of(folder, batch_size=batch_size, max_new_tokens=60, max_calls=2)
+    replies = ask(teacher, [label(teacher, *request) for request in REQUESTS])
+    model, codec = load(folder / "model")
+    decoded = Decoder(model, codec, constrained=True, max_new_tokens=60, max_calls=2).decode(REQUESTS)
+    for request, reply, answer in zip(REQUESTS, replies, decoded, strict=True):
+        assert isinstance(reply, TeacherReply), reply
+        assert answer.calls is not None
+        assert (reply.status, reply.text) == ("ok", answer.text)
+        assert json.loads(json.dumps(reply.calls)) == [
+            {"name": call.name, "arguments": call.arguments} for call in answer.calls
+        ]
+        assert (reply.prompt_tokens, reply.output_tokens) == (len(codec.encode_prompt(*request)), len(answer.token_ids))
+        assert reply.raw["token_ids"] == answer.token_ids
+        assert reply.raw["confidence"] == pytest.approx(answer.confidence, rel=1e-3)
+        assert (reply.cost_usd, reply.model_version) == (0, teacher.student_identity())
+    assert len({reply.text for reply in replies}) > 1
+
+
+def test_an_answer_without_end_is_truncated(folder: Path):
+    teacher = teacher_of(folder, max_new_tokens=1)
+    (reply,) = ask(teacher, [label(teacher, *REQUESTS[0])])
+    assert (reply.status, reply.calls, reply.output_tokens) == ("truncated", None, 1)
+    assert "max_new_tokens=1" in reply.reason
+
+
+def test_what_cannot_be_asked_fails_alone(folder: Path):
+    teacher = teacher_of(folder, max_source_tokens=60)
+    too_long, answered = ask(teacher, [label(teacher, "ten minutes " * 30, ()), label(teacher, "ten", ())])
+    assert isinstance(too_long, FatalError)
+    assert "at most 60" in str(too_long)
+    assert not too_long.every_call
+    assert isinstance(answered, TeacherReply)
+
+
+def test_a_call_to_other_weights_is_not_answered(folder: Path):
+    """As when a run goes on between the question and the answer."""
+    teacher = teacher_of(folder)
+    (error,) = ask(teacher, [replace(label(teacher, *REQUESTS[0]), model="needle_san@000000000000")])
+    assert isinstance(error, FatalError)
+    assert error.every_call
+
+
+def test_a_call_is_named_after_all_that_its_answer_depends_on(
+    folder: Path, model: SANForConditionalGeneration, codec: TextCodec
+):
+    key = label(teacher_of(folder), *REQUESTS[0]).key()
+    assert label(teacher_of(folder / "model"), *REQUESTS[0]).key() == key
+    assert label(teacher_of(folder), *REQUESTS[0], instruction="A student reads none.").key() == key
+    for same in ({"batch_size": 3}, {"top_k": 2}, {"temperature": 2.0}, {"traffic": {"concurrency": 1}}):
+        assert label(teacher_of(folder, **same), *REQUESTS[0]).key() == key
+    keys = [key, label(teacher_of(folder), *REQUESTS[1]).key()]
+    keys += [label(teacher_of(folder, **{limit: 7}), *REQUESTS[0]).key() for limit in ("max_new_tokens", "max_calls")]
+    save(model, TextCodec(codec.tokenizer, "json"), folder / "model")
+    keys.append(label(teacher_of(folder), *REQUESTS[0]).key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_signals_do_not_depend_on_how_it_is_asked(folder: Path):
+    asked = {"max_new_tokens": 7, "max_calls": 1, "max_source_tokens": 9, "batch_size": 1}
+    assert teacher_of(folder, **asked).identity() == teacher_of(folder).identity()
+
+
+def test_what_a_student_cannot_do_is_refused_with_the_way_out(folder: Path, tmp_path: Path):
+    teacher = teacher_of(folder)
+    assert "samples" not in teacher.capabilities
+    with pytest.raises(ConfigError, match=r"sample=1: .*greedily.*teacher=transformers_local"):
+        teacher.label_call(instruction="", query="ten", tools=(), sample=1)
+    with pytest.raises(ConfigError, match=r"cannot author.*teacher=transformers_local"):
+        teacher.author_call(instruction="", prompt="Write.", answer_schema={}, sample=0)
+    with pytest.raises(ConfigError, match=r"teacher\.device=warp cannot be used"):
+        replace(teacher, device="warp").connect()
+    with pytest.raises(DataError, match=r"no model\.safetensors .*make teacher"):
+        label(teacher_of(tmp_path / "nowhere"), "ten", ())
