@@ -25,7 +25,7 @@ from needle.data.shards import Shard, ShardWriter
 from needle.errors import ConfigError
 from needle.generate import corpus_folder
 from needle.runs import Paths
-from needle.schema import BadLine, Example, Tool, read_examples
+from needle.schema import EVALUATION_ONLY, BadLine, Example, Tool, read_examples
 from needle.text.render import Span, render_calls, render_query, render_tools
 from needle.text.tokenizer import TextCodec, train_tokenizer
 
@@ -106,7 +106,9 @@ def _given(data: DataSettings, corpus: Path) -> tuple[list[Example], list[BadLin
         examples, bad = read_examples(path)
         refused += bad
         for number, example in enumerate(examples, 1):
-            if data.split.words(example.query) in words:
+            if example.source.startswith(EVALUATION_ONLY):
+                refused.append(BadLine(str(path), number, "is for evaluation only", example.to_json()))
+            elif data.split.words(example.query) in words:
                 refused.append(BadLine(str(path), number, "is an evaluated request", example.to_json()))
             else:
                 kept.append(example)

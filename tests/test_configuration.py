@@ -16,10 +16,15 @@ from needle.errors import ConfigError
 PRIMARIES = sorted(path.stem for path in config.CONF.glob("*.yaml"))
 OPTIONS = sorted(str(path.relative_to(config.CONF).with_suffix("")) for path in config.CONF.glob("*/*.yaml"))
 # A stage may want one kind of teacher: answers to collect, or a student that scores.
-REFUSED = {("generate", "teacher/checkpoint"), ("signals", "teacher/recorded")}
+REFUSED = {
+    ("signals", option) for option in OPTIONS if option.startswith("teacher/") and option != "teacher/checkpoint"
+}
 # Groups that options of another group include; a stage never sees them alone.
-NESTED = {"prices"}
-ASKED_FOR = {"predict": ["checkpoint=a", "input=b", "output=c"]}
+NESTED = {"prices", "plan"}
+ASKED_FOR = {
+    "predict": ["checkpoint=a", "input=b", "output=c"],
+    "teacher/openai_compatible": ["teacher.provider=p", "teacher.model=m", "teacher.base_url=null"],
+}
 
 
 def composed(primary: str, *overrides: str):
@@ -45,12 +50,12 @@ def test_every_primary_file_binds_to_its_stage(primary: str):
 def test_every_option_binds_in_every_stage_that_has_its_group(option: str):
     group, name = option.split("/")
     if group in NESTED:
-        config.build(OmegaConf.load(config.CONF / f"{option}.yaml"))
+        config.build(composed(option)[group])
         return
     users = [primary for primary in PRIMARIES if group in defaults_of(primary)]
     assert users, f"no primary file uses conf/{group}"
     for primary in users if group != "hydra" else ():
-        cfg = composed(primary, f"{group}={name}")
+        cfg = composed(primary, f"{group}={name}", *ASKED_FOR.get(option, []))
         if (primary, option) in REFUSED:
             with pytest.raises(ConfigError, match="is not a"):
                 config.check(cfg, stage_function(primary))

@@ -38,20 +38,20 @@ def card(catalogue: Catalogue, by_split: Mapping[str, Sequence[Example]], *, fol
         "## Splits and kinds",
         "Requests of seen domains are split by a hash of their text, so that new domains move none; unseen domains "
         "are held out whole (conf/data/default.yaml).",
-        _table(
+        table(
             ("kind", *SPLITS, "all"),
             [(kind, *(counts[s][kind] for s in SPLITS), sum(counts[s][kind] for s in SPLITS)) for kind in kinds]
             + [("all", *(len(by_split[split]) for split in SPLITS), len(examples))],
         ),
         "## Calls in an answer",
-        _table(("calls", "requests"), sorted(calls.items())),
+        table(("calls", "requests"), sorted(calls.items())),
         "## Domains",
-        _table(("domain", "split", "tools", "requests", "calls", "for example"), domains),
+        table(("domain", "split", "tools", "requests", "calls", "for example"), domains),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     rule = ["---" if all(isinstance(row[i], str) for row in rows) else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(line) + " |" for line in [list(head), rule, *cells])

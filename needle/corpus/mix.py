@@ -35,17 +35,24 @@ class Mixer:
         self.settings = settings
         self.train, self.given = train, given
         self.seen = {d: t for d, t in tools.items() if d not in settings.split.unseen_domains}
-        self.tools = ToolPool(self.seen)
+        self.tools = ToolPool(self.seen) if self.seen else None
         self.values, self.given_values = ValuePool(train), ValuePool(given)
 
     def training(self, part: int, parts: int) -> Iterator[Example]:
         """Every `parts`-th training example, from number `part`; copy k of a request depends on (seed, request, k)."""
         recorded = product(range(self.settings.copies_per_request), self.train, [self.tools], [self.values])
         given = product(range(self.settings.given_copies), self.given, [None], [self.given_values])
-        for copy, example, tools, values in islice(chain(recorded, given), part, None, parts):
+        for copy, example, pool, values in islice(chain(recorded, given), part, None, parts):
             rng = generator(self.settings.seed, example.id, copy)
+            tools = pool if pool is not None and has_pool(example, self.seen) else None
             varied = self.settings.augment(example, rng=rng, tools=tools, values=values)
             yield varied.replace(id=f"{example.id}-{copy}", split="train")
+
+
+def has_pool(example: Example, tools: Mapping[str, Sequence[Tool]]) -> bool:
+    """Whether other tools may stand beside the example's own. Not where its domain has no list of tools (it came with
+    its own), nor where it is about being shown none."""
+    return example.domain in tools and example.kind != "no_tools"
 
 
 def evaluation(
@@ -53,10 +60,13 @@ def evaluation(
 ) -> list[Example]:
     """Each request once, with distractors from `tools` and nothing else changed; the same for every student and
     seed."""
-    pool = ToolPool(tools)
+    pool = ToolPool(tools) if tools else None
     rule = settings.evaluation
     shown = []
     for example in examples:
+        if pool is None or not has_pool(example, tools):
+            shown.append(example)
+            continue
         rng = generator("evaluation", example.id)
         count = int(rng.integers(rule.tools_min, rule.tools_max + 1))
         shown.append(show_tools(example, rng=rng, pool=pool, count=count, hard_frac=rule.hard_frac, remove_gold=False))

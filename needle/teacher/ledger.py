@@ -195,6 +195,11 @@ class Ledger:
             reply = _reply(row[asked:answered], **whole)
             yield Entry(row[0].hex(), TeacherCall(**named), reply, account, bought_utc)
 
+    def sample(self, like: TeacherCall, most: int) -> list[TeacherReply]:
+        """Answers of the same provider, model and role, whatever the question; in the order of the keys."""
+        query = f"SELECT {', '.join(REPLY_COLUMNS)} FROM replies WHERE provider=? AND model=? AND role=? LIMIT ?"
+        return [_reply(row) for row in self._db.execute(query, (like.provider, like.model, like.role, most))]
+
     def spending(self, account: str) -> Spending:
         row = self._db.execute("SELECT calls, usd FROM accounts WHERE name=?", (account,)).fetchone()
         return Spending(*row) if row else Spending(0, 0.0)

@@ -38,6 +38,14 @@ class Answer:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    call: TeacherCall
+    key: str
+    reply: TeacherReply | None
+    sent: bool
+
+
 class Purchases:
     """`node` is the teacher's resolved configuration, from which the buying process builds it again; `buy=False` takes
     answers from the ledger only."""
@@ -57,6 +65,7 @@ class Purchases:
         self._teacher, self._node, self._buy = teacher, node, buy
         self._buyer: _Buyer | None = None
         self.bought = self.replayed = 0
+        self.budget_reached: str | None = None
 
     def __enter__(self) -> "Purchases":
         return self
@@ -74,37 +83,44 @@ class Purchases:
     def answers(self, calls: Iterable[TeacherCall]) -> Iterator[Answer]:
         """An answer for every call, in the order of the calls; a bounded number of calls is read ahead.
 
+        Once the budget has refused a call, later ones are answered from the ledger only.
+
         Raises:
             UserError: the teacher refuses every call (a wrong key, an unknown model), or the buying process ended.
         """
         ahead = AHEAD * self._teacher.traffic.concurrency
-        waiting: deque[tuple[TeacherCall, str, TeacherReply | None]] = deque()
+        waiting: deque[_Waiting] = deque()
         for call in calls:
-            key = call.key()
-            reply = self.ledger.get(key)
-            if reply is None and self._buy:
-                self._running_buyer().send(key, call)
-            waiting.append((call, key, reply))
-            while waiting and (len(waiting) > ahead or self._is_ready(*waiting[0][1:])):
-                yield self._finish(*waiting.popleft())
+            waiting.append(self._start(call))
+            while waiting and (len(waiting) > ahead or self._is_ready(waiting[0])):
+                yield self._finish(waiting.popleft())
         while waiting:
-            yield self._finish(*waiting.popleft())
+            yield self._finish(waiting.popleft())
 
-    def _is_ready(self, key: str, reply: TeacherReply | None) -> bool:
-        return reply is not None or not self._buy or self._running_buyer().has_result(key)
+    def _start(self, call: TeacherCall) -> "_Waiting":
+        key = call.key()
+        reply = self.ledger.get(key)
+        if reply is not None or not self._buy:
+            return _Waiting(call, key, reply, sent=False)
+        self._running_buyer().send(key, call)
+        return _Waiting(call, key, None, sent=True)
 
-    def _finish(self, call: TeacherCall, key: str, reply: TeacherReply | None) -> Answer:
-        if reply is not None:
-            self.replayed += 1
-            return Answer(call, reply)
-        if not self._buy:
-            return Answer(call, None, "not bought: it is not in the ledger")
-        status, reason = self._running_buyer().result(key)
+    def _is_ready(self, waiting: "_Waiting") -> bool:
+        return not waiting.sent or self._running_buyer().has_result(waiting.key)
+
+    def _finish(self, waiting: "_Waiting") -> Answer:
+        if not waiting.sent:
+            self.replayed += waiting.reply is not None
+            reason = "" if waiting.reply else self.budget_reached or "not bought: it is not in the ledger"
+            return Answer(waiting.call, waiting.reply, reason)
+        status, reason = self._running_buyer().result(waiting.key)
         if status in ("bought", "known"):
             self.bought += status == "bought"
             self.replayed += status == "known"
-            return Answer(call, self.ledger.get(key))
-        return Answer(call, None, reason)
+            return Answer(waiting.call, self.ledger.get(waiting.key))
+        if status.startswith("budget"):
+            self.budget_reached, self._buy = reason, False
+        return Answer(waiting.call, None, reason)
 
     def _running_buyer(self) -> "_Buyer":
         if self._buyer is None:

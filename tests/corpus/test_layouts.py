@@ -10,7 +10,6 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -543,7 +542,7 @@ def test_a_path_that_is_not_there_and_a_layout_that_is_none(tmp_path: Path):
 
 
 def test_without_a_network_the_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match=r"cannot load hub:nobody/nothing@v1, split=train: .*download its files"):

@@ -1,0 +1,162 @@
+"""How fast answers are bought and looked up: the real Gemini client against the local server.
+
+    python tests/servers/bench_teacher.py              # make bench-teacher; about three minutes
+    python tests/servers/bench_teacher.py --calls 2000 --in-flight 50
+
+Attainable is what the client itself reaches in a process of its own, with as many calls in flight against the same
+server and nothing else to do, and never more than in-flight / latency. What is bought passes the queue between the
+processes, the budget and the ledger besides, on the same cores.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from running import running
+
+from needle import config
+from needle.artifacts import write_json_atomic
+from needle.corpus import catalogue
+from needle.teacher.base import AskedTeacher, TeacherCall
+from needle.teacher.ledger import Budget, Ledger
+from needle.teacher.purchase import Purchases
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTRUCTION = "Call the tools that the request asks for."
+MIB = 2**20
+
+
+def teacher_node(url: str, in_flight: int) -> dict[str, Any]:
+    """conf/teacher/gemini.yaml with its prices, pointed at the server."""
+    node = OmegaConf.load(ROOT / "conf/teacher/gemini.yaml")
+    node.prices = OmegaConf.load(ROOT / "conf/prices/google.yaml")
+    node.base_url, node.traffic.concurrency = url, in_flight
+    del node["defaults"]
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+
+
+def questions(teacher: AskedTeacher) -> Iterator[TeacherCall]:
+    """The recorded requests, each with its domain's tools; from the second round on as further samples."""
+    recorded = catalogue.load(ROOT / "data/teacher_corpus")
+    for sample in count():
+        for example in recorded.examples:
+            tools = recorded.tools[example.domain]
+            yield teacher.label_call(instruction=INSTRUCTION, query=example.query, tools=tools, sample=sample)
+
+
+async def bare(teacher: AskedTeacher, calls: list[TeacherCall], in_flight: int) -> float:
+    """Calls a second of the client alone."""
+    connection = teacher.connect()
+    waiting = iter(calls)
+
+    async def work() -> None:
+        for call in waiting:
+            await connection.ask(call)
+
+    await connection.ask(calls[0])
+    start = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(in_flight)))
+    seconds = time.perf_counter() - start
+    await connection.close()
+    return len(calls) / seconds
+
+
+def resident_mib(process: int | str) -> float:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def buying_process() -> int | None:
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    for child in children:
+        if b"needle.teacher.buyer" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    return None
+
+
+def bought(node: dict[str, Any], calls: Iterator[TeacherCall], total: int, ledger: Path) -> dict[str, Any]:
+    """Rate from the first answer on, and both processes' memory at each fifth."""
+    teacher = config.build(node)
+    memory: list[tuple[float, float]] = []
+    terms = {"account": "bench", "budget": Budget(None, None), "buy": True}
+    with Purchases(ledger, teacher=teacher, node=node, **terms) as purchases:
+        start = time.perf_counter()
+        for number, answer in enumerate(purchases.answers(islice(calls, total)), 1):
+            assert answer.reply is not None, answer.reason
+            if number == 1:
+                start = time.perf_counter()
+            if number % (total // 5) == 0:
+                memory.append((resident_mib("self"), resident_mib(buying_process() or "self")))
+        seconds = time.perf_counter() - start
+    return {"calls_per_s": (total - 1) / seconds, "memory_mib": memory}
+
+
+def lookups_per_s(ledger: Path, calls: list[TeacherCall]) -> float:
+    keys = [call.key() for call in calls]
+    opened = Ledger(ledger)
+    start = time.perf_counter()
+    for key in keys:
+        assert opened.get(key) is not None
+    return len(keys) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--in-flight", type=int, default=200)
+    parser.add_argument("--latency-ms", type=int, default=100)
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
+    parser.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["GEMINI_API_KEY"] = "local"
+    if options.bare:
+        node = teacher_node(options.bare, options.in_flight)
+        calls = list(islice(questions(config.build(node)), options.calls))
+        print(asyncio.run(bare(config.build(node), calls, options.in_flight)))
+        return
+    with (
+        running("gemini_server.py", "--latency-ms", str(options.latency_ms)) as server,
+        tempfile.TemporaryDirectory() as t,
+    ):
+        figures = measure(options, server.url, Path(t) / "ledger.sqlite", server)
+    print(json.dumps(figures, indent=2))
+    if options.output:
+        write_json_atomic(options.output, figures)
+
+
+def measure(options: argparse.Namespace, url: str, ledger: Path, server: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--bare", url, "--calls", str(options.calls), "--in-flight"]
+    alone = float(subprocess.run([*command, str(options.in_flight)], capture_output=True, text=True, check=True).stdout)
+    server.reset(jobs=True)
+    node = teacher_node(url, options.in_flight)
+    figures = bought(node, questions(config.build(node)), options.calls, ledger)
+    stats = server.stats()
+    attainable = min(alone, options.in_flight / (options.latency_ms / 1000))
+    calls = list(islice(questions(config.build(node)), options.calls))
+    return {
+        "calls": options.calls,
+        "in_flight": options.in_flight,
+        "latency_ms": options.latency_ms,
+        "client_alone_calls_per_s": round(alone, 1),
+        "attainable_calls_per_s": round(attainable, 1),
+        "bought_calls_per_s": round(figures["calls_per_s"], 1),
+        "of_attainable_frac": round(figures["calls_per_s"] / attainable, 3),
+        "server_received": stats["received"],
+        "server_max_in_flight": stats["in_flight_max"],
+        "memory_mib_of_asking_and_buying_process": [[round(a), round(b)] for a, b in figures["memory_mib"]],
+        "lookups_per_s": round(lookups_per_s(ledger, calls)),
+    }
+
+
+if __name__ == "__main__":
+    main()
