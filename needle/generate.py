@@ -41,7 +41,6 @@ from needle.errors import ConfigError, DataError
 from needle.runs import Paths
 from needle.schema import EVALUATION_ONLY, SPLITS, BadLine, Example, Tool, ToolCall
 from needle.teacher.base import Teacher, TeacherCall
-from needle.teacher.checkpoint import CheckpointTeacher
 from needle.teacher.estimate import estimate
 from needle.teacher.ledger import Budget
 from needle.teacher.market import Market, account_of
@@ -73,12 +72,17 @@ def fitting(*, teacher: Any, judge: Any, role: Role, judge_samples: int, **_: An
         )
     if not isinstance(role, Collect) and not asked:
         raise ConfigError("role=label and role=author need a teacher that can be asked; choose another teacher=...")
-    if isinstance(role, Author) and isinstance(teacher, CheckpointTeacher):
-        raise ConfigError("teacher=checkpoint answers requests, it cannot write them: choose role=label")
+    if isinstance(role, Author) and "author" not in teacher.roles:
+        raise ConfigError("this teacher answers requests, it cannot write them: choose role=label")
     if judge is not None and not hasattr(judge, "label_call"):
         raise ConfigError("judge: this teacher cannot be asked; choose another teacher@judge=...")
     if judge is not None and not (isinstance(role, Author) and judge_samples):
         raise ConfigError("a judge answers authored requests again: set role=author and judge_samples=1 or more")
+    if not isinstance(role, Collect):
+        for one in (teacher, judge):
+            prices = getattr(one, "prices", None)
+            if prices is not None:
+                prices.of(one.model)
     if judge_samples and not isinstance(role, Author):
         raise ConfigError(f"judge_samples={judge_samples}: only role=author has requests to be answered again")
 

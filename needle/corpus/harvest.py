@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from needle.corpus import acceptance_figure, plan_figures
 from needle.corpus.card import card, table
 from needle.corpus.catalogue import Catalogue
 from needle.corpus.labelling import WeightedAnswer
@@ -95,6 +94,8 @@ def write_files(
     (folder / "README.md").write_text(card(whole, by_split, folder=conventions), "utf-8")
     (folder / "report.json").write_text(json.dumps(_report(harvest, sifted, validation), indent=2), "utf-8")
     (folder / "report.md").write_text(_report_text(harvest, sifted, validation), "utf-8")
+    from needle.corpus import acceptance_figure  # matplotlib takes a second to load
+
     (folder / "acceptance.png").write_bytes(acceptance_figure.draw(sifted.counts, validation))
     figure = _plan_figure(harvest)
     if figure is not None:
@@ -185,5 +186,7 @@ def _percent(frac: float | None) -> str:
 def _plan_figure(harvest: Harvest) -> bytes | None:
     if harvest.plan is None or harvest.realised is None:
         return None
+    from needle.corpus import plan_figures
+
     plan, realised = harvest.plan, harvest.realised
     return plan_figures.draw(realised.table(plan), realised.distances(plan), requests=realised.requests)

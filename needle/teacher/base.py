@@ -27,6 +27,10 @@ ROLES = ("label", "author")
 STATUSES = ("ok", "empty", "malformed", "truncated", "blocked")
 
 
+WRITTEN_TOOLS_MAX = 1024
+_written_tools: dict[int, tuple[Sequence[Tool], str]] = {}
+
+
 class Teacher(Protocol):
     """`tokenizer`: whose tokens its distributions are over: the student's, or its own."""
 
@@ -109,8 +113,10 @@ class FatalError(Exception):
 
 @dataclass(frozen=True)
 class Traffic:
-    """How an asked teacher may be asked. It changes when answers come, never which."""
+    """How an asked teacher may be asked. It changes when answers come, never which. `processes` share the calls in
+    flight and the rate: one process is as fast as its client on one core."""
 
+    processes: Annotated[int, Field(ge=1, le=64)]
     concurrency: Annotated[int, Field(ge=1, le=4096)]
     requests_per_minute: Annotated[float, Field(gt=0)] | None
     timeout_s: Annotated[float, Field(gt=0)]
@@ -130,8 +136,10 @@ class Connection(Protocol):
 
 
 class AskedTeacher(Teacher, Protocol):
-    """A teacher that answers call by call. It is settings only: building one needs neither key nor network."""
+    """A teacher that answers call by call. It is settings only: building one needs neither key nor network. `roles`:
+    those of ROLES that it can take."""
 
+    roles: ClassVar[frozenset[str]]
     traffic: Traffic
     key_variable: str | None  # environment variable that holds the key; null: no key is needed
 
@@ -159,7 +167,19 @@ class AskedTeacher(Teacher, Protocol):
 
 
 def tools_json(tools: Sequence[Tool]) -> str:
-    """`tools` as a TeacherCall holds them."""
+    """`tools` as a TeacherCall holds them; of a tuple that is asked for again, remembered."""
+    known = _written_tools.get(id(tools))
+    if known is not None and known[0] is tools:
+        return known[1]
+    text = _tools_json(tools)
+    if isinstance(tools, tuple):  # which cannot change; kept beside its text, so that its id stays its own
+        if len(_written_tools) >= WRITTEN_TOOLS_MAX:
+            _written_tools.clear()
+        _written_tools[id(tools)] = (tools, text)
+    return text
+
+
+def _tools_json(tools: Sequence[Tool]) -> str:
     return canonical_json([{"name": t.name, "description": t.description, "parameters": t.parameters} for t in tools])
 
 

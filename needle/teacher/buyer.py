@@ -2,21 +2,20 @@
 
     python -m needle.teacher.buyer < questions     (started by needle.teacher.purchase, not by hand)
 
-The first line is the order (teacher, ledger, account, budget), every other one a question; each result is a line on
-standard output. When the input ends, which is also how the death of the asking process shows, no new question starts,
-and the process ends when those under way are answered and stored.
+The first line is the order (teacher, ledger, account, budget), every other one a question with the most that it can
+cost; each result is a line on standard output. When the input ends, which is also how the death of the asking process
+shows, no new question starts, and the process ends when those under way are answered and stored.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import json
 import os
-import queue
 import signal
 import sqlite3
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,6 +34,10 @@ T = TypeVar("T")
 # How long a ledger that cannot be written (a full disk, a lock) is waited for while paid answers are held in memory.
 LEDGER_PATIENCE_S = 600.0
 POLL_FIRST_S, POLL_MAX_S = 0.05, 2.0
+# What comes within this time is one transaction: a synchronisation of the disk costs as much for one as for many.
+GATHER_S = 0.01
+# Thousands of questions under way are no garbage; the collector's own thresholds would have it look again and again.
+GC_THRESHOLDS = (50_000, 20, 20)
 STOPPED = "failed: stopped before it was asked"
 BUDGET_REASONS = {
     "budget_calls": "budget: budget_calls={calls} is reached",
@@ -42,47 +45,44 @@ BUDGET_REASONS = {
 }
 
 
-class LedgerThread:
-    """Gives asynchronous code the ledger. What is asked for at about the same time is written in one transaction, and
-    a result is handed back only after that is on disk."""
+class SharedLedger:
+    """Gives asynchronous code the ledger. What is asked for at about the same time is written in one transaction by a
+    thread, and a result is handed back only after that is on disk."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._queue: queue.SimpleQueue[tuple[Callable[[Ledger], Any], concurrent.futures.Future] | None]
-        self._queue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work)
-        self._thread.start()
+        self._ledger = Ledger(path)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._waiting: list[tuple[Callable[[Ledger], Any], asyncio.Future]] = []
+        self._writing: asyncio.Task | None = None
 
     async def run(self, work: Callable[[Ledger], T]) -> T:
         """`work` inside a transaction; it may be run again when the ledger could not be written."""
-        future: concurrent.futures.Future = concurrent.futures.Future()
-        self._queue.put((work, future))
-        return await asyncio.wrap_future(future)
+        future: asyncio.Future = asyncio.get_running_loop().create_future()
+        self._waiting.append((work, future))
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        return await future
+
+    async def _write(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(GATHER_S)
+            batch, self._waiting = self._waiting, []
+            works = [work for work, _ in batch]
+            try:
+                results = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, _patiently, self._ledger, works
+                )
+            except Exception as error:
+                for _, future in batch:
+                    future.set_exception(error)
+            else:
+                for (_, future), result in zip(batch, results, strict=True):
+                    future.set_result(result)
+        self._writing = None
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        ledger = Ledger(self._path)
-        open_ = True
-        while open_:
-            batch = [self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get())
-            open_ = None not in batch
-            asked = [item for item in batch if item is not None]
-            if not asked:
-                continue
-            try:
-                results = _patiently(ledger, [work for work, _ in asked])
-            except Exception as error:
-                for _, future in asked:
-                    future.set_exception(error)
-                continue
-            for (_, future), result in zip(asked, results, strict=True):
-                future.set_result(result)
-        ledger.close()
+        self._thread.shutdown()
+        self._ledger.close()
 
 
 def _patiently(ledger: Ledger, works: list[Callable[[Ledger], Any]]) -> list[Any]:
@@ -125,7 +125,7 @@ class Pace:
 class Buying:
     """One order at work."""
 
-    def __init__(self, teacher: AskedTeacher, ledger: LedgerThread, *, owner: str, account: str, budget: Budget):
+    def __init__(self, teacher: AskedTeacher, ledger: SharedLedger, *, owner: str, account: str, budget: Budget):
         self.teacher, self.ledger = teacher, ledger
         self.owner, self.account, self.budget = owner, account, budget
         self._stopped = asyncio.Event()
@@ -141,11 +141,11 @@ class Buying:
         """Starts no further attempt; those under way end as they would."""
         self._stopped.set()
 
-    async def answer(self, connection: Connection, key: str, call: TeacherCall) -> None:
+    async def answer(self, connection: Connection, key: str, call: TeacherCall, most_usd: float) -> None:
         """Buys one answer and reports what became of it."""
         try:
             async with self._claims:
-                status, reason = await self._buy(connection, key, call)
+                status, reason = await self._buy(connection, key, call, most_usd)
         except FatalError as error:
             status, reason = "failed", f"failed: {self._redact(str(error))}"
             if error.every_call:
@@ -157,8 +157,7 @@ class Buying:
             return
         _report({"key": key, "status": status, "reason": reason})
 
-    async def _buy(self, connection: Connection, key: str, call: TeacherCall) -> tuple[str, str]:
-        most_usd = self.teacher.most_usd(call)
+    async def _buy(self, connection: Connection, key: str, call: TeacherCall, most_usd: float) -> tuple[str, str]:
         state = await self._claim(key, most_usd)
         if state != "go":
             return state, BUDGET_REASONS.get(state, STOPPED).format(calls=self.budget.calls, usd=self.budget.usd)
@@ -264,7 +263,7 @@ class _Stopped(Exception):
         self.asked, self.billed = asked, billed
 
 
-async def work(order: Mapping[str, Any], questions: asyncio.StreamReader, ledger: LedgerThread, owner: str) -> None:
+async def work(order: Mapping[str, Any], questions: asyncio.StreamReader, ledger: SharedLedger, owner: str) -> None:
     """Takes questions until the input ends, then waits for those under way."""
     teacher = config.build(order["teacher"])
     buying = Buying(teacher, ledger, owner=owner, account=order["account"], budget=Budget(**order["budget"]))
@@ -275,7 +274,8 @@ async def work(order: Mapping[str, Any], questions: asyncio.StreamReader, ledger
         # A line without its end was cut off by the asking process's death.
         while (line := await questions.readline()).endswith(b"\n"):
             message = json.loads(line)
-            task = asyncio.create_task(buying.answer(connection, message["key"], TeacherCall(**message["call"])))
+            call, most_usd = TeacherCall(**message["call"]), message["most_usd"]
+            task = asyncio.create_task(buying.answer(connection, message["key"], call, most_usd))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
         buying.stop()
@@ -300,7 +300,7 @@ async def _main() -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(questions), sys.stdin)
     order = json.loads(await questions.readline())
     path = Path(order["ledger"])
-    ledger = LedgerThread(path)
+    ledger = SharedLedger(path)
     owner = Owner(path)
     try:
         await ledger.run(Ledger.release_dead)
@@ -313,4 +313,6 @@ async def _main() -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     asyncio.run(_main())

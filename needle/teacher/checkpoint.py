@@ -49,6 +49,7 @@ class CheckpointTeacher:
     device: str
     traffic: Traffic
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "top_k", "full_logits", "live"})
+    roles: ClassVar[frozenset[str]] = frozenset({"label"})
     tokenizer: ClassVar[Literal["student", "own"]] = "student"
     key_variable: ClassVar[str | None] = None
 

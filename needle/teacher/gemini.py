@@ -104,6 +104,7 @@ class GeminiTeacher:
     prices: PriceTable
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "samples", "top_k"})
+    roles: ClassVar[frozenset[str]] = frozenset({"label", "author"})
     tokenizer: ClassVar[Literal["student", "own"]] = "own"
 
     def __post_init__(self) -> None:
@@ -143,7 +144,10 @@ class GeminiTeacher:
     def most_usd(self, call: TeacherCall) -> float:
         """A token has at least one byte, and what is sent holds the prompt. `max_output_tokens` bounds thinking and
         answer together: github.com/googleapis/python-genai/issues/2062 measured 1,024 of 1,024 for both."""
-        price, prompt_tokens = self.prices.of(call.model), _bytes(request_body(call)) + PROMPT_MARGIN_TOKENS
+        price, prompt_tokens = (
+            self.prices.of(call.model),
+            _fixed_bytes(call) + _bytes(call.prompt) + PROMPT_MARGIN_TOKENS,
+        )
         return max(
             price.cost_usd(
                 prompt_tokens=prompt_tokens,
@@ -266,9 +270,20 @@ def request_body(call: TeacherCall) -> dict[str, Any]:
     return {"contents": [{"role": "user", "parts": [{"text": call.prompt}]}], **_fixed_body(call)}
 
 
-def _bytes(body: Mapping[str, Any]) -> int:
-    """Of a request as it is sent: JSON in ASCII, never shorter than its text in UTF-8."""
+def _bytes(body: Any) -> int:
+    """Of what is sent: JSON in ASCII, never shorter than its text in UTF-8."""
     return len(json.dumps(body))
+
+
+def _fixed_bytes(call: TeacherCall) -> int:
+    """Of all of a request but its prompt, which is the same for many calls."""
+    return _place_bytes(call.role, call.instruction, call.tools, canonical_json(call.settings))
+
+
+@lru_cache(maxsize=4096)
+def _place_bytes(role: str, instruction: str, tools: str, settings: str) -> int:
+    call = TeacherCall("", "", role, instruction, "", tools, json.loads(settings), sample=2**31)
+    return _bytes(request_body(call))
 
 
 class _Connection:

@@ -45,15 +45,16 @@ REPLY_COLUMNS = (
     "attempts",
 )
 
+# Answers are kept in the order in which they came: rows under their random keys would touch a page each.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS texts (hash BLOB PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replies (
-    key BLOB PRIMARY KEY, provider TEXT, model TEXT, role TEXT, instruction BLOB, prompt TEXT, tools BLOB,
-    settings TEXT, sample INTEGER, status TEXT, reason TEXT, text TEXT, calls TEXT, model_version TEXT,
+    id INTEGER PRIMARY KEY, key BLOB UNIQUE, provider TEXT, model TEXT, role TEXT, instruction BLOB, prompt TEXT,
+    tools BLOB, settings TEXT, sample INTEGER, status TEXT, reason TEXT, text TEXT, calls TEXT, model_version TEXT,
     prompt_tokens INTEGER, cached_tokens INTEGER, output_tokens INTEGER, thinking_tokens INTEGER, cost_usd REAL,
     latency_s REAL, attempts INTEGER, account TEXT, bought_utc TEXT
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS payloads (key BLOB PRIMARY KEY, log_probs BLOB, raw BLOB) WITHOUT ROWID;
+);
+CREATE TABLE IF NOT EXISTS payloads (id INTEGER PRIMARY KEY, log_probs BLOB, raw BLOB);
 CREATE TABLE IF NOT EXISTS claims (
     key BLOB PRIMARY KEY, owner TEXT, account TEXT, reserved_usd REAL
 ) WITHOUT ROWID;
@@ -176,14 +177,15 @@ class Ledger:
         Raises:
             KeyError: there is no such answer.
         """
-        row = self._db.execute("SELECT log_probs, raw FROM payloads WHERE key=?", (bytes.fromhex(key),)).fetchone()
+        query = "SELECT log_probs, raw FROM payloads WHERE id = (SELECT id FROM replies WHERE key=?)"
+        row = self._db.execute(query, (bytes.fromhex(key),)).fetchone()
         if row is None:
             raise KeyError(key)
         return unpack_log_probs(row[0]), json.loads(zlib.decompress(row[1]))
 
     def entries(self) -> Iterator[Entry]:
         """Every answer, whole, in the order of the keys."""
-        query = f"SELECT {', '.join(_ENTRY)} FROM replies r LEFT JOIN payloads p ON p.key = r.key ORDER BY r.key"
+        query = f"SELECT {', '.join(_ENTRY)} FROM replies r JOIN payloads p ON p.id = r.id ORDER BY r.key"
         texts = dict(self._db.execute("SELECT hash, text FROM texts"))
         asked, answered = 1 + len(CALL_COLUMNS), 1 + len(CALL_COLUMNS) + len(REPLY_COLUMNS)
         for row in self._db.execute(query):
@@ -268,12 +270,13 @@ class Ledger:
         answered = [calls if name == "calls" else getattr(reply, name) for name in REPLY_COLUMNS]
         values = (blob, *asked, *answered, entry.account, entry.bought_utc)
         marks = ", ".join("?" * len(values))
-        stored = self._db.execute(f"INSERT OR IGNORE INTO replies VALUES ({marks})", values).rowcount == 1
-        if stored:
-            raw = zlib.compress(json.dumps(reply.raw, ensure_ascii=False).encode(), 1)
-            packed = pack_log_probs(reply.log_probs)
-            self._db.execute("INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)", (blob, packed, raw))
-        return stored
+        stored = self._db.execute(f"INSERT OR IGNORE INTO replies VALUES (NULL, {marks})", values)
+        if stored.rowcount != 1:
+            return False
+        raw = zlib.compress(json.dumps(reply.raw, ensure_ascii=False).encode(), 1)
+        payload = (stored.lastrowid, pack_log_probs(reply.log_probs), raw)
+        self._db.execute("INSERT INTO payloads VALUES (?, ?, ?)", payload)
+        return True
 
     def record_acceptance(self, account: str, counts: Mapping[str, tuple[int, int, int]]) -> None:
         """How many examples passed, failed and were set aside by each check, replacing what was known before."""

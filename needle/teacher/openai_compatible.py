@@ -69,6 +69,7 @@ class OpenAICompatibleTeacher:
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "samples", "top_k"})
+    roles: ClassVar[frozenset[str]] = frozenset({"label", "author"})
     tokenizer: ClassVar[Literal["student", "own"]] = "own"
 
     provider: Annotated[str, Field(min_length=1)]

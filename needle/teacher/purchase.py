@@ -63,7 +63,7 @@ class Purchases:
         self.ledger = Ledger(ledger)
         self.account, self.budget = account, budget
         self._teacher, self._node, self._buy = teacher, node, buy
-        self._buyer: _Buyer | None = None
+        self._buyers: list[_Buyer] = []
         self.bought = self.replayed = 0
         self.budget_reached: str | None = None
 
@@ -72,12 +72,12 @@ class Purchases:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Waits for the questions that are under way; no new one starts."""
-        if self._buyer is not None:
-            if kind is KeyboardInterrupt:
-                print(
-                    "waiting for the answers that are under way; Ctrl-C again leaves them to be stored", file=sys.stderr
-                )
-            self._buyer.close()
+        if self._buyers and kind is KeyboardInterrupt:
+            print("waiting for the answers that are under way; Ctrl-C again leaves them to be stored", file=sys.stderr)
+        for buyer in self._buyers:
+            buyer.stop()
+        for buyer in self._buyers:
+            buyer.join()
         self.ledger.close()
 
     def answers(self, calls: Iterable[TeacherCall]) -> Iterator[Answer]:
@@ -102,18 +102,18 @@ class Purchases:
         reply = self.ledger.get(key)
         if reply is not None or not self._buy:
             return _Waiting(call, key, reply, sent=False)
-        self._running_buyer().send(key, call)
+        self._buyer_of(key).send(key, call, self._teacher.most_usd(call))
         return _Waiting(call, key, None, sent=True)
 
     def _is_ready(self, waiting: "_Waiting") -> bool:
-        return not waiting.sent or self._running_buyer().has_result(waiting.key)
+        return not waiting.sent or self._buyer_of(waiting.key).has_result(waiting.key)
 
     def _finish(self, waiting: "_Waiting") -> Answer:
         if not waiting.sent:
             self.replayed += waiting.reply is not None
             reason = "" if waiting.reply else self.budget_reached or "not bought: it is not in the ledger"
             return Answer(waiting.call, waiting.reply, reason)
-        status, reason = self._running_buyer().result(waiting.key)
+        status, reason = self._buyer_of(waiting.key).result(waiting.key)
         if status in ("bought", "known"):
             self.bought += status == "bought"
             self.replayed += status == "known"
@@ -122,12 +122,26 @@ class Purchases:
             self.budget_reached, self._buy = reason, False
         return Answer(waiting.call, None, reason)
 
-    def _running_buyer(self) -> "_Buyer":
-        if self._buyer is None:
+    def _buyer_of(self, key: str) -> "_Buyer":
+        """Equal questions go to one process. Processes start with the first question that must be bought."""
+        if not self._buyers:
             check_key(self._teacher)
-            order = {"teacher": self._node, "ledger": str(self.ledger.path), "account": self.account}
-            self._buyer = _Buyer(order | {"budget": asdict(self.budget)})
-        return self._buyer
+            order = {"ledger": str(self.ledger.path), "account": self.account, "budget": asdict(self.budget)}
+            self._buyers = [_Buyer({"teacher": node, **order}) for node in self._shares()]
+        return self._buyers[int(key[:8], 16) % len(self._buyers)]
+
+    def _shares(self) -> list[dict[str, Any]]:
+        """The teacher's configuration for each process, with its part of the calls in flight and of the rate."""
+        traffic = self._teacher.traffic
+        processes = min(traffic.processes, traffic.concurrency)
+        rate = traffic.requests_per_minute
+        shares = []
+        for number in range(processes):
+            more = number < traffic.concurrency % processes
+            mine = {"concurrency": traffic.concurrency // processes + more, "processes": 1}
+            mine["requests_per_minute"] = None if rate is None else rate / processes
+            shares.append({**self._node, "traffic": {**self._node["traffic"], **mine}})
+        return shares
 
 
 def check_key(teacher: AskedTeacher) -> None:
@@ -154,7 +168,6 @@ class _Buyer:
         )
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
-        self._pending: set[str] = set()
         self._results: dict[str, tuple[str, str]] = {}
         self._uses: dict[str, int] = {}
         self._fatal: str | None = None
@@ -164,13 +177,13 @@ class _Buyer:
         self._reader.start()
         self._write(order)
 
-    def send(self, key: str, call: TeacherCall) -> None:
+    def send(self, key: str, call: TeacherCall, most_usd: float) -> None:
         """A question that is asked twice is bought once."""
         with self._changed:
             self._uses[key] = self._uses.get(key, 0) + 1
             if self._uses[key] > 1:
                 return
-        self._write({"key": key, "call": vars(call)})
+        self._write({"key": key, "call": vars(call), "most_usd": most_usd})
 
     def has_result(self, key: str) -> bool:
         with self._changed:
@@ -192,9 +205,13 @@ class _Buyer:
                 del self._uses[key], self._results[key]
             return result
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """No further question comes."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
+
+    def join(self) -> None:
+        """Waits until all that is under way is stored."""
         self._process.wait()
         self._reader.join()
 

@@ -76,6 +76,7 @@ class TransformersTeacher:
     batch_size: Annotated[int, Field(ge=1)]
     traffic: Traffic
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "samples", "top_k", "full_logits"})
+    roles: ClassVar[frozenset[str]] = frozenset({"label", "author"})
     tokenizer: ClassVar[Literal["student", "own"]] = "own"
     key_variable: ClassVar[str | None] = None
 

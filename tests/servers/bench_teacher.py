@@ -36,11 +36,11 @@ INSTRUCTION = "Call the tools that the request asks for."
 MIB = 2**20
 
 
-def teacher_node(url: str, in_flight: int) -> dict[str, Any]:
+def teacher_node(url: str, in_flight: int, processes: int = 1) -> dict[str, Any]:
     """conf/teacher/gemini.yaml with its prices, pointed at the server."""
     node = OmegaConf.load(ROOT / "conf/teacher/gemini.yaml")
     node.prices = OmegaConf.load(ROOT / "conf/prices/google.yaml")
-    node.base_url, node.traffic.concurrency = url, in_flight
+    node.base_url, node.traffic.concurrency, node.traffic.processes = url, in_flight, processes
     del node["defaults"]
     return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
 
@@ -54,8 +54,8 @@ def questions(teacher: AskedTeacher) -> Iterator[TeacherCall]:
             yield teacher.label_call(instruction=INSTRUCTION, query=example.query, tools=tools, sample=sample)
 
 
-async def bare(teacher: AskedTeacher, calls: list[TeacherCall], in_flight: int) -> float:
-    """Calls a second of the client alone."""
+async def bare(teacher: AskedTeacher, calls: list[TeacherCall], in_flight: int) -> tuple[float, float]:
+    """Calls a second of the client alone, and its milliseconds of a core for a call."""
     connection = teacher.connect()
     waiting = iter(calls)
 
@@ -64,11 +64,11 @@ async def bare(teacher: AskedTeacher, calls: list[TeacherCall], in_flight: int) 
             await connection.ask(call)
 
     await connection.ask(calls[0])
-    start = time.perf_counter()
+    start, start_cpu_s = time.perf_counter(), time.process_time()
     await asyncio.gather(*(work() for _ in range(in_flight)))
-    seconds = time.perf_counter() - start
+    seconds, used_s = time.perf_counter() - start, time.process_time() - start_cpu_s
     await connection.close()
-    return len(calls) / seconds
+    return len(calls) / seconds, 1000 * used_s / len(calls)
 
 
 def resident_mib(process: int | str) -> float:
@@ -76,12 +76,15 @@ def resident_mib(process: int | str) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
-def buying_process() -> int | None:
+def cpu_s(process: int | str) -> float:
+    """Time that a process, all its threads together, has had on a core."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def buying_processes() -> list[int]:
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    for child in children:
-        if b"needle.teacher.buyer" in Path(f"/proc/{child}/cmdline").read_bytes():
-            return int(child)
-    return None
+    return [int(c) for c in children if b"needle.teacher.buyer" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 def bought(node: dict[str, Any], calls: Iterator[TeacherCall], total: int, ledger: Path) -> dict[str, Any]:
@@ -94,11 +97,14 @@ def bought(node: dict[str, Any], calls: Iterator[TeacherCall], total: int, ledge
         for number, answer in enumerate(purchases.answers(islice(calls, total)), 1):
             assert answer.reply is not None, answer.reason
             if number == 1:
-                start = time.perf_counter()
+                start, buyers = time.perf_counter(), buying_processes()
+                before = {"asking": cpu_s("self"), "buying": sum(map(cpu_s, buyers))}
             if number % (total // 5) == 0:
-                memory.append((resident_mib("self"), resident_mib(buying_process() or "self")))
+                memory.append((resident_mib("self"), max(map(resident_mib, buyers))))
         seconds = time.perf_counter() - start
-    return {"calls_per_s": (total - 1) / seconds, "memory_mib": memory}
+        after = {"asking": cpu_s("self"), "buying": sum(map(cpu_s, buyers))}
+    used_ms = {name: round(1000 * (after[name] - before[name]) / total, 2) for name in after}
+    return {"calls_per_s": (total - 1) / seconds, "memory_mib": memory, "cpu_ms_per_call": used_ms}
 
 
 def lookups_per_s(ledger: Path, calls: list[TeacherCall]) -> float:
@@ -115,6 +121,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--in-flight", type=int, default=200)
     parser.add_argument("--latency-ms", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1, help="that buy, and that the client alone runs in")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -122,7 +129,7 @@ def main() -> None:
     if options.bare:
         node = teacher_node(options.bare, options.in_flight)
         calls = list(islice(questions(config.build(node)), options.calls))
-        print(asyncio.run(bare(config.build(node), calls, options.in_flight)))
+        print(json.dumps(asyncio.run(bare(config.build(node), calls, options.in_flight))))
         return
     with (
         running("gemini_server.py", "--latency-ms", str(options.latency_ms)) as server,
@@ -134,11 +141,19 @@ def main() -> None:
         write_json_atomic(options.output, figures)
 
 
+def alone_calls_per_s(options: argparse.Namespace, url: str) -> tuple[float, float]:
+    """The clients' own rate: as many processes as buy, sharing the calls and those in flight."""
+    share = [str(number // options.processes) for number in (options.calls, options.in_flight)]
+    command = [sys.executable, __file__, "--bare", url, "--calls", share[0], "--in-flight", share[1]]
+    running_ = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(options.processes)]
+    told = [json.loads(process.communicate()[0]) for process in running_]
+    return sum(rate for rate, _ in told), max(ms for _, ms in told)
+
+
 def measure(options: argparse.Namespace, url: str, ledger: Path, server: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--bare", url, "--calls", str(options.calls), "--in-flight"]
-    alone = float(subprocess.run([*command, str(options.in_flight)], capture_output=True, text=True, check=True).stdout)
+    alone, alone_cpu_ms = alone_calls_per_s(options, url)
     server.reset(jobs=True)
-    node = teacher_node(url, options.in_flight)
+    node = teacher_node(url, options.in_flight, options.processes)
     figures = bought(node, questions(config.build(node)), options.calls, ledger)
     stats = server.stats()
     attainable = min(alone, options.in_flight / (options.latency_ms / 1000))
@@ -146,11 +161,13 @@ def measure(options: argparse.Namespace, url: str, ledger: Path, server: Any) ->
     return {
         "calls": options.calls,
         "in_flight": options.in_flight,
+        "processes": options.processes,
         "latency_ms": options.latency_ms,
         "client_alone_calls_per_s": round(alone, 1),
         "attainable_calls_per_s": round(attainable, 1),
         "bought_calls_per_s": round(figures["calls_per_s"], 1),
         "of_attainable_frac": round(figures["calls_per_s"] / attainable, 3),
+        "cpu_ms_per_call": {"client_alone": round(alone_cpu_ms, 2), **figures["cpu_ms_per_call"]},
         "server_received": stats["received"],
         "server_max_in_flight": stats["in_flight_max"],
         "memory_mib_of_asking_and_buying_process": [[round(a), round(b)] for a, b in figures["memory_mib"]],

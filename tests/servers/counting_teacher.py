@@ -30,6 +30,7 @@ class CountingTeacher:
     key_variable: str | None
     traffic: Traffic
     capabilities: ClassVar[frozenset[str]] = frozenset({"text", "samples"})
+    roles: ClassVar[frozenset[str]] = frozenset({"label", "author"})
     tokenizer: ClassVar[Literal["student", "own"]] = "own"
 
     def label_call(self, *, instruction: str, query: str, tools: Sequence[Tool], sample: int) -> TeacherCall:
@@ -99,6 +100,7 @@ def node(bill: Path, *, latency_s: float = 0.0, **changes: Any) -> dict[str, Any
     """The resolved configuration of a CountingTeacher."""
     traffic = {
         "_target_": "needle.teacher.base.Traffic",
+        "processes": 1,
         "concurrency": 16,
         "requests_per_minute": None,
         "timeout_s": 5.0,
