@@ -23,10 +23,10 @@ DEMO := paths.runs=runs/demo
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate prepare teacher signals train score report demo test lint types bench lock clean
+.PHONY: help setup generate prepare teacher signals train score report demo test lint types bench bench-teacher prove lock clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install requirements.lock (nothing to do when it is up to date)
 
@@ -47,7 +47,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@rm -f $(UNFINISHED)
 	@touch $@
 
-generate: setup ## Collect, check and split the teacher's examples
+generate: setup ## Collect, label or author a teacher's examples; check and split them
 	$(BIN)/python -m needle.generate $(ARGS)
 
 prepare: setup ## Turn the examples into the tokenizer and packed training data
@@ -92,6 +92,12 @@ types: setup ## Check types
 
 bench: setup ## Measure training and decoding speed on this machine
 	$(BIN)/python -m needle.bench $(ARGS)
+
+bench-teacher: setup ## Measure buying and looking up answers against a local server (three minutes)
+	$(BIN)/python tests/servers/bench_teacher.py $(ARGS)
+
+prove: setup ## Kill generating processes at 50 random moments, and compare (about fifteen minutes)
+	NEEDLE_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -k killed tests/test_generate.py
 
 # The lock names no build, host or accelerator package: each machine takes the torch build that suits it.
 lock: setup ## Resolve requirements.lock again, keeping its versions (newest: ARGS=--upgrade)

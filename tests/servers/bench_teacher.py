@@ -3,9 +3,9 @@
     python tests/servers/bench_teacher.py              # make bench-teacher; about three minutes
     python tests/servers/bench_teacher.py --calls 2000 --in-flight 50
 
-Attainable is what the client itself reaches in a process of its own, with as many calls in flight against the same
-server and nothing else to do, and never more than in-flight / latency. What is bought passes the queue between the
-processes, the budget and the ledger besides, on the same cores.
+Attainable is what the client itself reaches in as many processes, with as many calls in flight against the same server
+and nothing else to do, and never more than in-flight / latency. What is bought passes the queue between the processes,
+the budget and the ledger besides, on the same cores.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from running import running
 
 from needle import config
-from needle.artifacts import write_json_atomic
+from needle.artifacts import source_state, write_json_atomic
 from needle.corpus import catalogue
 from needle.teacher.base import AskedTeacher, TeacherCall
 from needle.teacher.ledger import Budget, Ledger
@@ -138,7 +138,7 @@ def main() -> None:
         figures = measure(options, server.url, Path(t) / "ledger.sqlite", server)
     print(json.dumps(figures, indent=2))
     if options.output:
-        write_json_atomic(options.output, figures)
+        write_json_atomic(options.output, figures | source_state())
 
 
 def alone_calls_per_s(options: argparse.Namespace, url: str) -> tuple[float, float]:
