@@ -35,6 +35,7 @@ from needle.corpus.catalogue import Catalogue
 from needle.corpus.harvest import Collect, Harvest, acceptance, counts, merged, write_files
 from needle.corpus.labelling import Label, label_calls, labelled, read_calls
 from needle.corpus.layouts import read
+from needle.corpus.plan import Realised
 from needle.corpus.validate import Sifted, Validation
 from needle.data.settings import DataSettings
 from needle.errors import ConfigError, DataError
@@ -160,18 +161,25 @@ def _collect(cfg: dict[str, Any], task: Task, teacher: RecordedTeacher, paths: P
     sifted = merged(checked, task.validation.sift(by_split["train"], evaluation=_evaluation(task, by_split)))
     kept = {example.id for example in sifted.kept}
     by_split = {split: [e for e in examples if e.id in kept] for split, examples in by_split.items()}
+    plan = task.role.plan if isinstance(task.role, Collect) else None
+    if plan is not None:
+        # A domain's tools join the called ones when shards are prepared: how many are shown is not known yet.
+        plain = [e.replace(tools=()) if e.domain in found.tools else e for e in by_split["train"]]
+        harvest.plan, harvest.realised = plan, Realised.of(plan, plain)
     inputs = {"teacher": type(teacher).__name__, "path": teacher.path, "layout": teacher.layout}
     _publish(folder, task, harvest, sifted, by_split, inputs=inputs, conventions=Path(teacher.path))
 
 
 def _collected_folder(task: Task, teacher: RecordedTeacher, paths: Paths) -> Path:
     default = config.build(OmegaConf.load(config.CONF / "validation" / "default.yaml"))
-    plain = teacher.layout == "needle" and teacher.path == task.data.corpus
-    if plain and task.validation == default and not task.evaluation:
+    plain = teacher.layout == "needle" and Path(teacher.path) == task.data.corpus
+    assert isinstance(task.role, Collect)
+    if plain and task.validation == default and not task.evaluation and task.role.plan is None:
         return corpus_folder(paths, task.data)
     files = [path for path in sorted(Path(teacher.path).rglob("*")) if path.is_file()] or [Path(teacher.path)]
     read_from = artifacts.hash_files([path for path in files if path.is_file()])
     parts = {"teacher": teacher, "files": read_from, "validation": task.validation, "evaluation": task.evaluation}
+    parts["plan"] = task.role.plan
     rule = replace(task.data.split, domains=None)
     return paths.artifacts / f"corpus-{artifacts.fingerprint(version=GENERATE_VERSION, split=rule, **parts)}"
 

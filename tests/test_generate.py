@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from running import RunningServer, running
 from needle import config
 from needle.corpus.catalogue import load
 from needle.errors import ConfigError
-from needle.generate import main
+from needle.generate import corpus_folder, main
 from needle.schema import SPLITS
 from needle.teacher.ledger import Ledger
 
@@ -358,3 +359,18 @@ def test_public_data_becomes_a_corpus_and_a_ledger_its_own(project: Project, gem
     done = again.run(f"teacher.path={other.folder}/ledger.sqlite", "teacher.layout=ledger", key=None)
     assert done.returncode == 0, done.stderr
     assert sum(len(again.examples(split)) for split in SPLITS) == 20
+
+
+def test_the_recorded_corpus_lies_where_the_next_stage_looks_for_it(project: Project):
+    assert project.run().returncode == 0
+    settings = composed(f"data.corpus={project.corpus}", f"paths.artifacts={project.folder}/artifacts")
+    assert project.corpora() == [corpus_folder(settings["paths"], settings["data"])]
+    assert project.run().stdout.startswith("corpus is there already")
+    # Held against a plan it is another corpus, with the same examples.
+    before = project.examples("train")
+    for path in project.corpora():
+        shutil.rmtree(path)
+    assert project.run("plan@role.plan=default").returncode == 0
+    assert project.examples("train") == before
+    report = json.loads((project.corpora()[0] / "report.json").read_text())
+    assert sum(row["accepted"] for row in report["plan"]["rows"] if row["axis"] == "kind") == len(before)

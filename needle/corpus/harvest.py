@@ -17,7 +17,9 @@ from needle.schema import SPLITS, BadLine, Example, Tool, ToolCall
 
 @dataclass(frozen=True)
 class Collect:
-    """The recorded answers, as they are."""
+    """The recorded answers, as they are. `plan`: what their training part is compared with; null: nothing."""
+
+    plan: Plan | None
 
 
 @dataclass
