@@ -207,7 +207,11 @@ class Buying:
                     last = error
                     raise
                 number = attempt.retry_state.attempt_number
-                return replace(reply, latency_s=time.monotonic() - start, attempts=number)
+                # A connection knows best how long it took; building a reply again takes longer than most of this.
+                latency_s = reply.latency_s or time.monotonic() - start
+                return (
+                    reply if number == 1 and reply.latency_s else replace(reply, latency_s=latency_s, attempts=number)
+                )
         raise AssertionError("tenacity ends with a result or an exception")
 
     def _retrying(self) -> AsyncRetrying:

@@ -134,6 +134,9 @@ class Ledger:
             self._db = sqlite3.connect(
                 self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=256
             )
+            self._accounts: dict[str, Spending] | None = None
+            self._texts: set[bytes] = set()
+            self._new_texts: set[bytes] = set()
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -157,12 +160,20 @@ class Ledger:
     def transaction(self) -> Iterator[None]:
         """All or nothing, against other processes too."""
         self._db.execute("BEGIN IMMEDIATE")
+        # Accounts and shared texts are looked at once a transaction: a statement costs more than what it does.
+        accounts: dict[str, Spending] = {}
+        self._accounts, self._new_texts = accounts, set()
         try:
             yield
+            rows = [(name, spent.calls, spent.usd) for name, spent in accounts.items()]
+            self._db.executemany("INSERT OR REPLACE INTO accounts VALUES (?, ?, ?)", rows)
+            self._db.execute("COMMIT")
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+        finally:
+            self._accounts = None
+        self._texts |= self._new_texts
 
     # Looking up
 
@@ -203,6 +214,8 @@ class Ledger:
         return [_reply(row) for row in self._db.execute(query, (like.provider, like.model, like.role, most))]
 
     def spending(self, account: str) -> Spending:
+        if self._accounts is not None and account in self._accounts:
+            return self._accounts[account]
         row = self._db.execute("SELECT calls, usd FROM accounts WHERE name=?", (account,)).fetchone()
         return Spending(*row) if row else Spending(0, 0.0)
 
@@ -219,11 +232,11 @@ class Ledger:
         dollars is reserved by questions that may turn out cheaper), `budget_calls`, `budget_usd`.
         """
         blob = bytes.fromhex(key)
-        if self._db.execute("SELECT 1 FROM replies WHERE key=?", (blob,)).fetchone():
+        answered, claimed_by = self._db.execute(_STATE, (blob, blob)).fetchone()
+        if answered:
             return "known"
-        claim = self._db.execute("SELECT owner FROM claims WHERE key=?", (blob,)).fetchone()
-        if claim is not None:
-            if Owner.is_alive(self.path, claim[0]):
+        if claimed_by is not None:
+            if Owner.is_alive(self.path, claimed_by):
                 return "busy"
             self._forget(blob)
         refusal = self._reserve(account, budget, most_usd)
@@ -312,18 +325,18 @@ class Ledger:
         return None
 
     def _add(self, account: str, *, calls: int, usd: float) -> None:
-        self._db.execute(
-            "INSERT INTO accounts VALUES (?, ?, ?) ON CONFLICT (name) DO UPDATE SET calls = calls + excluded.calls, "
-            "usd = usd + excluded.usd",
-            (account, calls, usd),
-        )
+        assert self._accounts is not None, "outside of a transaction"
+        spent = self.spending(account)
+        self._accounts[account] = Spending(spent.calls + calls, spent.usd + usd)
 
     def _note_failure(self, key: bytes, account: str, reason: str, maybe_usd: float) -> None:
         self._db.execute("INSERT INTO failures VALUES (?, ?, ?, ?, ?)", (key, account, _now(), reason, maybe_usd))
 
     def _share(self, text: str) -> bytes:
         digest = _digest(text)
-        self._db.execute("INSERT OR IGNORE INTO texts VALUES (?, ?)", (digest, text))
+        if digest not in self._texts and digest not in self._new_texts:
+            self._db.execute("INSERT OR IGNORE INTO texts VALUES (?, ?)", (digest, text))
+            self._new_texts.add(digest)
         return digest
 
 
@@ -372,6 +385,7 @@ def _bytes(text: str) -> bytes:
     return base64.b64decode(text)
 
 
+_STATE = "SELECT (SELECT 1 FROM replies WHERE key=?), (SELECT owner FROM claims WHERE key=?)"
 _GET = f"SELECT {', '.join(REPLY_COLUMNS)} FROM replies WHERE key=?"
 _STORED = (*CALL_COLUMNS, *REPLY_COLUMNS, "account", "bought_utc")
 _ENTRY = ("r.key", *(f"r.{name}" for name in _STORED), "p.log_probs", "p.raw")

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from running import running
 from needle import config
 from needle.artifacts import source_state, write_json_atomic
 from needle.corpus import catalogue
+from needle.progress import Progress
 from needle.teacher.base import AskedTeacher, TeacherCall
 from needle.teacher.ledger import Budget, Ledger
 from needle.teacher.purchase import Purchases
@@ -107,8 +109,8 @@ def bought(node: dict[str, Any], calls: Iterator[TeacherCall], total: int, ledge
     return {"calls_per_s": (total - 1) / seconds, "memory_mib": memory, "cpu_ms_per_call": used_ms}
 
 
-def lookups_per_s(ledger: Path, calls: list[TeacherCall]) -> float:
-    keys = [call.key() for call in calls]
+def lookups_per_s(ledger: Path, node: dict[str, Any], total: int) -> float:
+    keys = [call.key() for call in islice(questions(config.build(node)), total)]
     opened = Ledger(ledger)
     start = time.perf_counter()
     for key in keys:
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--in-flight", type=int, default=200)
     parser.add_argument("--latency-ms", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--processes", type=int, default=1, help="that buy, and that the client alone runs in")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--bare", metavar="URL", help=argparse.SUPPRESS)
@@ -141,9 +144,9 @@ def main() -> None:
         write_json_atomic(options.output, figures | source_state())
 
 
-def alone_calls_per_s(options: argparse.Namespace, url: str) -> tuple[float, float]:
+def alone_calls_per_s(options: argparse.Namespace, calls: int, url: str) -> tuple[float, float]:
     """The clients' own rate: as many processes as buy, sharing the calls and those in flight."""
-    share = [str(number // options.processes) for number in (options.calls, options.in_flight)]
+    share = [str(number // options.processes) for number in (calls, options.in_flight)]
     command = [sys.executable, __file__, "--bare", url, "--calls", share[0], "--in-flight", share[1]]
     running_ = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(options.processes)]
     told = [json.loads(process.communicate()[0]) for process in running_]
@@ -151,27 +154,45 @@ def alone_calls_per_s(options: argparse.Namespace, url: str) -> tuple[float, flo
 
 
 def measure(options: argparse.Namespace, url: str, ledger: Path, server: Any) -> dict[str, Any]:
-    alone, alone_cpu_ms = alone_calls_per_s(options, url)
-    server.reset(jobs=True)
+    """Rounds of both, one after the other, since a machine's own speed changes within minutes."""
     node = teacher_node(url, options.in_flight, options.processes)
-    figures = bought(node, questions(config.build(node)), options.calls, ledger)
-    stats = server.stats()
+    every = questions(config.build(node))
+    share = options.calls // options.rounds
+    alone_s = bought_s = 0.0
+    memory, alone_ms, bought_ms, answered = [], [], [], 0
+    with Progress("rounds") as progress:
+        for number in range(1, options.rounds + 1):
+            rate, cpu_ms = alone_calls_per_s(options, share, url)
+            alone_s += share / rate
+            alone_ms.append(cpu_ms)
+            server.reset(jobs=True)
+            figures = bought(node, every, share, ledger)
+            bought_s += share / figures["calls_per_s"]
+            bought_ms.append(figures["cpu_ms_per_call"])
+            memory += figures["memory_mib"]
+            stats = server.stats()
+            answered += stats["answered"]
+            progress.update(number, options.rounds, f"{rate:.0f} alone, {figures['calls_per_s']:.0f} bought a second")
+    total = share * options.rounds
+    alone, rate = total / alone_s, total / bought_s
     attainable = min(alone, options.in_flight / (options.latency_ms / 1000))
-    calls = list(islice(questions(config.build(node)), options.calls))
     return {
-        "calls": options.calls,
+        "calls": total,
         "in_flight": options.in_flight,
         "processes": options.processes,
         "latency_ms": options.latency_ms,
         "client_alone_calls_per_s": round(alone, 1),
         "attainable_calls_per_s": round(attainable, 1),
-        "bought_calls_per_s": round(figures["calls_per_s"], 1),
-        "of_attainable_frac": round(figures["calls_per_s"] / attainable, 3),
-        "cpu_ms_per_call": {"client_alone": round(alone_cpu_ms, 2), **figures["cpu_ms_per_call"]},
-        "server_received": stats["received"],
+        "bought_calls_per_s": round(rate, 1),
+        "of_attainable_frac": round(rate / attainable, 3),
+        "cpu_ms_per_call": {
+            "client_alone": round(statistics.mean(alone_ms), 2),
+            **{name: round(statistics.mean(ms[name] for ms in bought_ms), 2) for name in bought_ms[0]},
+        },
+        "server_answered": answered,
         "server_max_in_flight": stats["in_flight_max"],
-        "memory_mib_of_asking_and_buying_process": [[round(a), round(b)] for a, b in figures["memory_mib"]],
-        "lookups_per_s": round(lookups_per_s(ledger, calls)),
+        "memory_mib_of_asking_and_buying_process": [[round(a), round(b)] for a, b in memory],
+        "lookups_per_s": round(lookups_per_s(ledger, node, total)),
     }
 
 
