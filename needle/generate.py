@@ -336,7 +336,10 @@ def _publish_bought(cfg: dict[str, Any], task: Task, market: Market, harvest: Ha
     market.ledger.record_acceptance(market.account, acceptance(sifted, task.validation))
     kept = [_with_called_tools(example, harvest.tools) for example in sifted.kept]
     if not kept:
-        why = harvest.cut_short or "see python -m needle.ledger stats"
+        first = [bad.reason for bad in harvest.quarantine[:1]] + [
+            f.reason for v in sifted.verdicts[:1] for f in v.failures
+        ]
+        why = harvest.cut_short or next(iter(first), "there is no request in this slice")
         raise DataError(f"no example came of it, so there is no corpus to write: {why}")
     by_split: dict[str, list[Example]] = {split: list(harvest.fixed.get(split, ())) for split in SPLITS}
     for example in kept:
