@@ -64,7 +64,7 @@ class Project:
 
     def run(self, *overrides: str, key: str | None = CANARY) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.arguments(*overrides), env=environment(key), capture_output=True, text=True, timeout=300, check=False
+            self.arguments(*overrides), env=environment(key), capture_output=True, text=True, timeout=900, check=False
         )
 
     def start(self, *overrides: str) -> subprocess.Popen:
@@ -248,27 +248,31 @@ def test_killed_at_random_moments_the_corpus_is_that_of_an_uninterrupted_run(
         {"fault": "rate_limit", "probability": 0.03, "attempts": 1, "retry_after": "0.05"},
     )
     try:
-        settings = label(gemini, "role.samples=2", "teacher.traffic.concurrency=8")
+        # Enough to buy that most kills find it at work: four in flight bring some 60 answers a second.
+        settings = label(gemini, f"role.samples={2 + KILLS // 4}", "teacher.traffic.concurrency=4")
         whole, killed = (Project(tmp_path / name, corpus) for name in ("whole", "killed"))
         for project in (whole, killed):
             project.folder.mkdir()
         assert whole.run(*settings).returncode == 0
         gemini.reset(jobs=True)
-        moments, kills, before = random.Random(processes), 0, -1
-        while kills < KILLS:
+        moments, at_work, before = random.Random(processes), 0, 0
+        for _ in range(KILLS):
             running_ = [killed.start(*settings) for _ in range(processes)]
             time.sleep(moments.uniform(2.0, 6.0))
             for process in running_:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            kills += 1
+            bought = gemini.stats()["answered"]
+            at_work, before = at_work + (before < bought < whole.answers()), bought
+        assert at_work >= KILLS // 2
+        print(f"{at_work} of {KILLS} kills found it buying")
         finishing = [killed.start(*settings) for _ in range(processes)]
         assert [process.wait() for process in finishing] == [0] * processes
         while any((killed.folder / "ledger.sqlite-owners").iterdir()):
             time.sleep(0.05)
         stats = gemini.stats()
         assert stats["answered_more_than_once"] == 0
-        assert stats["answered"] == stats["unique_answered"] == killed.answers() == whole.answers() > before
+        assert stats["answered"] == stats["unique_answered"] == killed.answers() == whole.answers()
         assert killed.files() == whole.files()
     finally:
         gemini.faults()
