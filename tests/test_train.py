@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+CANARY = "canary-51be07-key"
 SLICE = [
     "data.split.domains=[timers_alarms,weather_environment,notes,calendar]",
     "data.copies_per_request=1",
@@ -60,9 +61,19 @@ def workplace(prepared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared: Path) -> Path:
-    done = needle("train", *SLICE, *STUDENT, *SMALL, "logger=wandb", folder=prepared)
+    """On hard labels, for which a hosted teacher will do; its key is in the environment."""
+    keyed = {**os.environ, "GEMINI_API_KEY": CANARY}
+    done = needle("train", *SLICE, *STUDENT, *SMALL, "logger=wandb", "teacher=gemini", folder=prepared, env=keyed)
     assert done.returncode == 0, done.stderr
+    assert CANARY not in done.stdout + done.stderr
     return the_run(prepared)
+
+
+def test_no_key_is_in_a_run_folder(uninterrupted: Path):
+    files = [path for path in uninterrupted.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    assert "GEMINI_API_KEY" in (uninterrupted / "config.yaml").read_text()
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_a_run_folder_holds_what_was_done(uninterrupted: Path):

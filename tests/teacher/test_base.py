@@ -1,6 +1,7 @@
 """Which loss may learn from which teacher, for every pair."""
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,10 @@ from needle.errors import ConfigError
 from needle.loss import ForwardKL, HardLabel
 from needle.teacher.base import CAPABILITIES, TOKEN_CAPABILITIES, check_legal
 from needle.teacher.checkpoint import CheckpointTeacher
+from needle.teacher.gemini import GeminiTeacher
+from needle.teacher.openai_compatible import OpenAICompatibleTeacher
 from needle.teacher.recorded import RecordedTeacher
+from needle.teacher.transformers_local import TransformersTeacher
 
 SUBSETS = [frozenset(c) for n in range(len(CAPABILITIES) + 1) for c in combinations(CAPABILITIES, n)]
 
@@ -41,27 +45,33 @@ def test_distributions_over_other_tokens_do_not_serve_a_loss_over_the_students(n
         check_legal(**arguments, tokenizer="own")
 
 
-@pytest.mark.parametrize(
-    ("loss", "teacher", "legal"),
-    [
-        (HardLabel, RecordedTeacher, True),
-        (HardLabel, CheckpointTeacher, True),
-        (ForwardKL, RecordedTeacher, False),
-        (ForwardKL, CheckpointTeacher, True),
-    ],
-)
-def test_the_pairs_of_this_repository(loss: type, teacher: type, legal: bool):
-    assert loss.needs <= set(CAPABILITIES)
-    assert teacher.capabilities <= set(CAPABILITIES)
-    arguments = {
-        "loss_name": "forward_kl",
-        "needs": loss.needs,
-        "teacher_name": "recorded",
-        "capabilities": teacher.capabilities,
-        "tokenizer": teacher.tokenizer,
-    }
-    if legal:
-        check_legal(**arguments)
+TEACHERS = {
+    "recorded": RecordedTeacher,
+    "checkpoint": CheckpointTeacher,
+    "gemini": GeminiTeacher,
+    "openai_compatible": OpenAICompatibleTeacher,
+    "transformers_local": TransformersTeacher,
+}
+LOSSES = {"hard_label": HardLabel, "forward_kl": ForwardKL}
+LEGAL = {*(("hard_label", teacher) for teacher in TEACHERS), ("forward_kl", "checkpoint")}
+
+
+def test_the_matrix_has_every_loss_and_teacher_that_can_be_configured(repository: Path):
+    assert {path.stem for path in (repository / "conf/teacher").glob("*.yaml")} == TEACHERS.keys()
+    assert {path.stem for path in (repository / "conf/loss").glob("*.yaml")} == LOSSES.keys()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_the_pairs_of_this_repository(loss: str, teacher: str):
+    one, other = LOSSES[loss], TEACHERS[teacher]
+    assert one.needs <= set(CAPABILITIES)
+    assert other.capabilities <= set(CAPABILITIES)
+    gives = {"capabilities": other.capabilities, "tokenizer": other.tokenizer}
+    if (loss, teacher) in LEGAL:
+        check_legal(loss_name=loss, needs=one.needs, teacher_name=teacher, **gives)
     else:
-        with pytest.raises(ConfigError, match=r"needs top_k; teacher=recorded gives text: .*teacher=checkpoint"):
-            check_legal(**arguments)
+        with pytest.raises(
+            ConfigError, match=rf"loss={loss} needs top_k.*teacher={teacher} gives .*teacher=checkpoint"
+        ):
+            check_legal(loss_name=loss, needs=one.needs, teacher_name=teacher, **gives)
