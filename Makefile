@@ -96,8 +96,8 @@ bench: setup ## Measure training and decoding speed on this machine
 bench-teacher: setup ## Measure buying and looking up answers against a local server (three minutes)
 	$(BIN)/python tests/servers/bench_teacher.py $(ARGS)
 
-prove: setup ## Kill generating processes at 50 random moments and compare (fifteen minutes)
-	NEEDLE_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP -k killed tests/test_generate.py
+prove: setup ## Kill generating processes at 50 random moments and compare (ten minutes)
+	NEEDLE_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP -n 2 -k killed tests/test_generate.py
 
 # The lock names no build, host or accelerator package: each machine takes the torch build that suits it.
 lock: setup ## Resolve requirements.lock again, keeping its versions (newest: ARGS=--upgrade)

@@ -49,6 +49,8 @@ from needle.teacher.purchase import Answer
 from needle.teacher.recorded import RecordedTeacher
 
 GENERATE_VERSION = 3
+# What a judge says that cannot be read: it agrees with no answer.
+NO_ANSWER = (ToolCall("no answer that can be read"),)
 Role = Collect | Label | Author
 
 
@@ -110,7 +112,7 @@ def main(
 ) -> None:
     task = Task(label_instruction, judge_samples, role, validation, data, _requests_of_files(evaluation))
     if isinstance(role, Collect):
-        _collect(cfg, task, teacher, paths)
+        _collect(task, teacher, paths)
         return
     account = ("dry-run-" if dry_run else "") + account_of(
         name=f"{cfg['_choices_'].get('teacher')}-{cfg['_choices_'].get('role')}",
@@ -130,7 +132,7 @@ def main(
             return
         harvest = _label(task, market) if isinstance(role, Label) else _author(task, market)
         print(market.summary())
-        _publish_bought(cfg, task, market, harvest, paths)
+        _publish_bought(task, market, harvest, paths)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Task:
     evaluation: Mapping[str, Sequence[str]]
 
 
-def _collect(cfg: dict[str, Any], task: Task, teacher: RecordedTeacher, paths: Paths) -> None:
+def _collect(task: Task, teacher: RecordedTeacher, paths: Paths) -> None:
     folder = _collected_folder(task, teacher, paths)
     if folder.is_dir():
         print(f"corpus is there already: {folder}")
@@ -249,7 +251,8 @@ def _author(task: Task, market: Market) -> Harvest:
 
     def accept(examples: Sequence[Example]) -> set[str]:
         _judge(task, market, examples, judged)
-        return {e.id for e in task.validation.sift(examples, judged=judged, evaluation=evaluation).kept}
+        kept = task.validation.sift(examples, judged=judged, evaluation=evaluation).kept
+        return {e.id for e in kept if e.id not in _unjudged(task, examples, judged)}
 
     written = authoring.write(
         role.plan,
@@ -260,8 +263,13 @@ def _author(task: Task, market: Market) -> Harvest:
         accept=accept,
         is_over=lambda: bool(market.budget_reached),
     )
-    harvest = Harvest({**found.tools, **written.invented}, written.examples, fixed=fixed, judged=judged)
-    harvest.quarantine, harvest.plan, harvest.realised = written.quarantine, role.plan, written.realised
+    unjudged = _unjudged(task, written.examples, judged)
+    examples = [example for example in written.examples if example.id not in unjudged]
+    harvest = Harvest({**found.tools, **written.invented}, examples, fixed=fixed, judged=judged)
+    harvest.plan, harvest.realised = role.plan, written.realised
+    reason = market.budget_reached or "the judge gave no answer"
+    refused = [BadLine("judge", 0, reason, e.to_json()) for e in written.examples if e.id in unjudged]
+    harvest.quarantine = [*written.quarantine, *refused]
     return harvest
 
 
@@ -281,9 +289,16 @@ def _judge(
     questions = label_calls(market.judge, asked, {}, samples=samples, instruction=task.label_instruction)
     answers = market.ask_judge(questions, title="judged", total=len(asked) * samples)
     for example in asked:
-        calls = [read_calls(answer) for answer in islice(answers, samples)]
-        # An answer that cannot be used agrees with nothing; one that was never bought says nothing.
-        judged[example.id] = [c for c in calls if not isinstance(c, str)]
+        bought = [answer for answer in islice(answers, samples) if answer.reply is not None]
+        calls = [read_calls(answer) for answer in bought]
+        judged[example.id] = [NO_ANSWER if isinstance(c, str) else c for c in calls]
+
+
+def _unjudged(
+    task: Task, examples: Sequence[Example], judged: Mapping[str, Sequence[tuple[ToolCall, ...]]]
+) -> set[str]:
+    """Ids of those that a judge should have answered and never did: whether they hold is not known."""
+    return {e.id for e in examples if e.id in judged and not judged[e.id]} if task.judge_samples else set()
 
 
 def _is_refused(validation: Validation, example: Example) -> bool:
@@ -328,7 +343,7 @@ def _planned(task: Task, market: Market) -> tuple[list[TeacherCall], int | None]
     return authoring.first_calls(task.role.plan, teacher=market.teacher, tools=shown, existing=found.tools)
 
 
-def _publish_bought(cfg: dict[str, Any], task: Task, market: Market, harvest: Harvest, paths: Paths) -> None:
+def _publish_bought(task: Task, market: Market, harvest: Harvest, paths: Paths) -> None:
     harvest.statuses, harvest.cost_usd = market.statuses, market.cost_usd
     harvest.cut_short = market.budget_reached
     evaluation = _evaluation(task, harvest.fixed)

@@ -248,22 +248,25 @@ def test_killed_at_random_moments_the_corpus_is_that_of_an_uninterrupted_run(
         {"fault": "rate_limit", "probability": 0.03, "attempts": 1, "retry_after": "0.05"},
     )
     try:
-        # Enough to buy that most kills find it at work: four in flight bring some 60 answers a second.
-        settings = label(gemini, f"role.samples={2 + KILLS // 4}", "teacher.traffic.concurrency=4")
+        settings = label(gemini, f"role.samples={2 + KILLS // 10}", "teacher.traffic.concurrency=8")
         whole, killed = (Project(tmp_path / name, corpus) for name in ("whole", "killed"))
         for project in (whole, killed):
             project.folder.mkdir()
         assert whole.run(*settings).returncode == 0
         gemini.reset(jobs=True)
-        moments, at_work, before = random.Random(processes), 0, 0
+        moments, at_work, total = random.Random(processes), 0, whole.answers()
         for _ in range(KILLS):
             running_ = [killed.start(*settings) for _ in range(processes)]
-            time.sleep(moments.uniform(2.0, 6.0))
+            # Some time after a number of questions that is as random to the processes as a time would be, and that
+            # does not depend on how fast they start.
+            moment = gemini.stats()["received"] + moments.randint(1, max(2, 2 * total // KILLS))
+            while gemini.stats()["received"] < moment and any(process.poll() is None for process in running_):
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.1))
             for process in running_:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            bought = gemini.stats()["answered"]
-            at_work, before = at_work + (before < bought < whole.answers()), bought
+            at_work += gemini.stats()["answered"] < total
         assert at_work >= KILLS // 2
         print(f"{at_work} of {KILLS} kills found it buying")
         finishing = [killed.start(*settings) for _ in range(processes)]
@@ -378,3 +381,19 @@ def test_the_recorded_corpus_lies_where_the_next_stage_looks_for_it(project: Pro
     assert project.examples("train") == before
     report = json.loads((project.corpora()[0] / "report.json").read_text())
     assert sum(row["accepted"] for row in report["plan"]["rows"] if row["axis"] == "kind") == len(before)
+
+
+def test_what_the_budget_left_unjudged_is_not_taken_on_trust(project: Project, gemini: RunningServer):
+    gemini.reset(jobs=True)
+    done = project.run(*author(gemini, "role.plan.rounds=1", "role.plan.tool_source={catalogue: 1.0, invented: 0.0}"))
+    assert done.returncode == 0, done.stderr
+    authored = project.ledger().rows("SELECT count(*) FROM replies WHERE role='author'")[0][0]
+    cut = Project(project.folder / "cut", project.corpus)
+    plan = ["role.plan.rounds=1", "role.plan.tool_source={catalogue: 1.0, invented: 0.0}"]
+    done = cut.run(*author(gemini, *plan, f"budget_calls={authored + 10}"))
+    assert done.returncode == 0, done.stderr
+    assert len(cut.examples("train")) <= 10
+    (folder,) = cut.corpora()
+    refused = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert any("budget_calls" in line["reason"] for line in refused)
+    assert json.loads((folder / "report.json").read_text())["cut_short"]
