@@ -25,7 +25,7 @@ from needle.teacher.ledger import Ledger
 
 CANARY = "canary-8d41f7-key"
 # `make prove` raises it.
-KILLS = int(os.environ.get("NEEDLE_KILLS", "3"))
+KILLS = int(os.environ.get("NEEDLE_KILLS", "2"))
 RECORDED = Path(__file__).resolve().parent.parent / "data" / "teacher_corpus"
 DOMAINS = ("calendar", "email", "timers_alarms", "vehicle")
 

@@ -197,8 +197,10 @@ class _Buyer:
         """
         with self._changed:
             self._changed.wait_for(lambda: key in self._results or self._ended or self._fatal is not None)
+            if self._fatal is not None and self._results.get(key, ("failed",))[0] == "failed":
+                raise UserError(self._fatal)
             if key not in self._results:
-                raise UserError(self._fatal or "the buying process ended before it had answered; run this again")
+                raise UserError("the buying process ended before it had answered; run this again")
             result = self._results[key]
             self._uses[key] -= 1
             if not self._uses[key]:

@@ -189,7 +189,7 @@ def test_what_is_sent_is_what_the_settings_say(server: LocalServer):
             {"type": "function", "function": {**dataclasses.asdict(WEATHER), "name": "weather_now"}},
             {"type": "function", "function": dataclasses.asdict(LIGHT)},
         ],
-        "max_tokens": 1024,
+        "max_tokens": 4096,
         "temperature": 0.0,
         "tool_choice": "auto",
     }

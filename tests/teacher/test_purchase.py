@@ -129,6 +129,10 @@ def test_a_budget_of_dollars_is_used_up_and_never_passed(tmp_path: Path):
 def test_a_key_that_no_call_succeeds_with_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
     monkeypatch.setenv("COUNTING_KEY", CANARY)
     faults = {f"q{i}": ["ends"] for i in range(40, 400)}
+    few = node(tmp_path / "other", faults={"q0": ["ends"]}, key_variable="COUNTING_KEY")
+    (tmp_path / "few").mkdir()
+    with pytest.raises(UserError, match=r"the key \[key\] is not valid"):
+        buy(few, tmp_path / "few", questions(few, 1))
     plain = node(tmp_path / "bill", faults=faults, key_variable="COUNTING_KEY")
     with pytest.raises(UserError, match=r"the key \[key\] is not valid"):
         buy(plain, tmp_path, questions(plain, 400))
