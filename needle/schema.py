@@ -177,6 +177,13 @@ class Example:
         return found
 
 
+def kind_of_calls(calls: Sequence[ToolCall]) -> str:
+    """none, single, multi (of several tools) or repeat (of one tool)."""
+    if len(calls) < 2:
+        return "single" if calls else "none"
+    return "multi" if len({call.name for call in calls}) > 1 else "repeat"
+
+
 def call_problems(call: ToolCall, tools: Mapping[str, Tool]) -> list[str]:
     """Breaches of the called tool's schema; arguments that it does not name are breaches unless it allows them."""
     tool = tools.get(call.name)

@@ -8,22 +8,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from needle.corpus.plan_figures import STYLE
 from needle.corpus.validate import Validation
 
 # Okabe & Ito 2008, told apart without colour vision.
 COUNTED_COLOUR, SET_ASIDE_COLOUR = "#56B4E9", "#D55E00"
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "x",
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "savefig.dpi": 140,
-}
 
 
 def draw(counts: Mapping[str, Mapping[str, int]], validation: Validation) -> bytes:
@@ -32,7 +21,7 @@ def draw(counts: Mapping[str, Mapping[str, int]], validation: Validation) -> byt
     judged = [counts[name]["passed"] + counts[name]["failed"] for name in names]
     shares = [100 * counts[name]["failed"] / max(n, 1) for name, n in zip(names, judged, strict=True)]
     set_aside = [validation.action(name) == "quarantine" for name in names]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context({**STYLE, "legend.frameon": False}):
         figure = Figure(figsize=(7.5, 1.3 + 0.27 * len(names)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()

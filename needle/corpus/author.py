@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from needle.corpus.distractors import ToolPool
-from needle.corpus.plan import COUNTED_KINDS, Brief, Invention, Plan, Pools, Realised, band_of, plain_kind
-from needle.schema import BadLine, Example, Tool, ToolCall, canonical_json, strict_json
+from needle.corpus.plan import COUNTED_KINDS, Brief, Invention, Plan, Pools, Realised, band_of
+from needle.schema import BadLine, Example, Tool, ToolCall, canonical_json, kind_of_calls, strict_json
 from needle.text.render import render_tools
 
 SOURCE = "authored"
@@ -196,7 +196,7 @@ def _example(item: Any, brief: Brief) -> Example:
 def _kind(brief: Brief, calls: Sequence[ToolCall]) -> str:
     if brief.kind not in COUNTED_KINDS:
         return brief.kind
-    return plain_kind([call.name for call in calls]) if calls else "single"  # which the schema's check refuses
+    return kind_of_calls(calls) if calls else "single"  # which the schema's check refuses
 
 
 def _call(record: Any) -> ToolCall:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from needle.metrics.matching import value_key
-from needle.schema import EMPTY_KINDS, BadLine, Example, Tool, ToolCall
+from needle.metrics.matching import call_key
+from needle.schema import EMPTY_KINDS, BadLine, Example, Tool, ToolCall, kind_of_calls
 from needle.teacher.base import AskedTeacher, TeacherCall
 from needle.teacher.purchase import Answer
 
@@ -77,7 +77,7 @@ def read_calls(answer: Answer) -> tuple[ToolCall, ...] | str:
 
 def same_answer(calls: Sequence[ToolCall]) -> Any:
     """Equal for answers that call the same tools with equal arguments, in whatever order."""
-    return frozenset(Counter((call.name, value_key(dict(call.arguments))) for call in calls).items())
+    return frozenset(Counter(map(call_key, calls)).items())
 
 
 def weigh(samples: Sequence[tuple[ToolCall, ...]]) -> list[WeightedAnswer]:
@@ -122,11 +122,4 @@ def kind_of_answer(asked_kind: str, calls: Sequence[ToolCall]) -> str:
     """The kind of a request that got these calls: how it is put stays, what it wants follows from the answer."""
     if not calls:
         return asked_kind if asked_kind in EMPTY_KINDS else "none"
-    return asked_kind if asked_kind in MANNERS else answer_kind(calls)
-
-
-def answer_kind(calls: Sequence[ToolCall]) -> str:
-    """none, single, multi (of several tools) or repeat (of one tool)."""
-    if len(calls) < 2:
-        return "single" if calls else "none"
-    return "multi" if len({call.name for call in calls}) > 1 else "repeat"
+    return asked_kind if asked_kind in MANNERS else kind_of_calls(calls)

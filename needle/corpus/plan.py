@@ -25,7 +25,7 @@ from pydantic import Field
 from needle.corpus.distractors import ToolPool
 from needle.corpus.mix import generator
 from needle.errors import DataError
-from needle.schema import EMPTY_KINDS, KINDS, Example, Tool
+from needle.schema import EMPTY_KINDS, KINDS, Example, Tool, kind_of_calls
 
 Shares = Mapping[str, Annotated[float, Field(ge=0, le=1)]]
 
@@ -518,14 +518,7 @@ def kind_of(example: Example, *, long_value_words: int) -> str:
     values = [value for call in example.calls for value in call.arguments.values() if isinstance(value, str)]
     if any(count_words(value) >= long_value_words for value in values):
         return LONG_VALUES
-    return plain_kind([call.name for call in example.calls])
-
-
-def plain_kind(names: Sequence[str]) -> str:
-    """single, multi or repeat, by the tools called."""
-    if len(names) == 1:
-        return "single"
-    return "repeat" if len(set(names)) == 1 else "multi"
+    return kind_of_calls(example.calls)
 
 
 def count_words(text: str) -> int:

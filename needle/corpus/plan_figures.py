@@ -13,7 +13,7 @@ from needle.corpus.plan import AXES, Row
 
 # Okabe & Ito 2008, told apart without colour vision.
 REALISED_COLOUR, UNPLANNED_COLOUR = "#56B4E9", "#CC79A7"
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row], distances: Mapping[str, float | None], *, requests
         min(columns, key=lambda column: _height(column, panels)).append(axis)
     drawn = [column for column in columns if column]
     tallest = max(_height(column, panels) for column in drawn)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.5 * len(drawn), 0.9 + _BAR_INCHES * tallest), layout="constrained")
         FigureCanvasAgg(figure)
         parts = figure.subfigures(1, len(drawn), squeeze=False)[0]

@@ -11,8 +11,6 @@ import re
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -34,6 +32,7 @@ from needle.teacher.base import (
 )
 from needle.teacher.gemini_schema import Declarations, answer_schema, declare
 from needle.teacher.prices import PriceTable
+from needle.teacher.retry_after import until_s
 
 if TYPE_CHECKING:  # the package takes two seconds to import, which settings alone need not wait for
     from google.genai import Client, types
@@ -488,13 +487,8 @@ def _retry_after_s(headers: Mapping[str, str], details: Sequence[Mapping[str, An
     header = headers.get("Retry-After") or headers.get("retry-after") or ""
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", header):
         wishes.append(float(header))
-    elif header:
-        try:
-            date = parsedate_to_datetime(header)
-            date = date if date.tzinfo else date.replace(tzinfo=UTC)
-            wishes.append(max(0.0, (date - datetime.now(UTC)).total_seconds()))
-        except ValueError:
-            pass
+    elif (wish_s := until_s(header)) is not None:
+        wishes.append(wish_s)
     for item in details:
         delay = re.fullmatch(r"(\d+(?:\.\d+)?)s", str(item.get("retryDelay", "")))
         if delay:

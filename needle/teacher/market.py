@@ -43,7 +43,7 @@ class Market:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._from_teacher.__exit__(kind, error, trace)
-        if self._from_judge is not self._from_teacher:
+        if self._has_own_judge:
             self._from_judge.__exit__(kind, error, trace)
 
     @property

@@ -16,8 +16,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -30,6 +28,7 @@ from needle.schema import Tool, canonical_json, strict_json
 from needle.teacher.aliases import Aliases
 from needle.teacher.base import FatalError, TeacherCall, TeacherReply, TokenLogProb, Traffic, TransientError, tools_json
 from needle.teacher.prices import PriceTable
+from needle.teacher.retry_after import until_s
 
 OPENAI_URL = "https://api.openai.com/v1"
 # https://platform.openai.com/docs/api-reference/chat/create, tools.function.name
@@ -473,9 +472,4 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
             continue
         if math.isfinite(wish_s):
             return max(0.0, wish_s)
-    try:
-        when = parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    return until_s(headers.get("retry-after", ""))

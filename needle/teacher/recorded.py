@@ -10,10 +10,10 @@ from pydantic import Field
 
 from needle.corpus import catalogue
 from needle.corpus.catalogue import Catalogue
-from needle.corpus.labelling import answer_kind, weigh
+from needle.corpus.labelling import weigh
 from needle.corpus.layouts import AUTO, LAYOUTS, read
 from needle.errors import DataError
-from needle.schema import BadLine, Example, Tool, ToolCall, strict_json
+from needle.schema import BadLine, Example, Tool, ToolCall, kind_of_calls, strict_json
 from needle.teacher.ledger import Entry, Ledger
 
 # needle: a folder of DOMAIN.tools.json and DOMAIN.jsonl (data/README.md). ledger: the label answers of a ledger's file.
@@ -79,6 +79,6 @@ def _examples(entries: list[Entry]) -> Iterator[tuple[Example, str]]:
     except ValueError as error:
         yield blank, str(error)
         return
-    kind = answer_kind(calls) if tools else "no_tools"
+    kind = kind_of_calls(calls) if tools else "no_tools"
     example = blank.replace(tools=tools, calls=calls, kind=kind, teacher=f"{call.provider}:{call.model}")
     yield example, "; ".join(example.problems())

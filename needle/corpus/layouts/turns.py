@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from needle.corpus.layouts.literals import any_value
-from needle.schema import Example, Tool, ToolCall
+from needle.schema import Example, Tool, ToolCall, kind_of_calls
 
 NOT_SINGLE_SHOT = "later turns are not single-shot"
 _ROLES = {
@@ -70,11 +70,7 @@ def drafted(query: Any, tools: Iterable[Tool], calls: Iterable[ToolCall]) -> Exa
 
 def inferred_kind(tools: Sequence[Tool], calls: Sequence[ToolCall]) -> str:
     """none and no_tools: no call, with and without tools; repeat: several calls of one tool; multi: of several."""
-    if not calls:
-        return "none" if tools else "no_tools"
-    if len(calls) == 1:
-        return "single"
-    return "multi" if len({call.name for call in calls}) > 1 else "repeat"
+    return "no_tools" if not calls and not tools else kind_of_calls(calls)
 
 
 def call(record: Any) -> ToolCall:
