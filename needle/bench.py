@@ -21,14 +21,16 @@ from pydantic import Field
 
 from needle import config
 from needle.artifacts import write_json_atomic
-from needle.loss.base import Loss, reduce
-from needle.loss.weighting import SpanWeighting
+from needle.loss import Loss, Mixing, Weighting
+from needle.loss.balance import Fixed
+from needle.loss.objective import Objective
 from needle.optim import OptimSettings
 from needle.schema import Tool
 from needle.student import SimpleAttentionNetwork
 from needle.text.tokenizer import BOS, SPECIALS, TextCodec, train_tokenizer
 
 Count = Annotated[int, Field(ge=1)]
+PURE = Mixing(shape="constant", start=1.0, end=1.0, begin_frac=0.0, end_frac=1.0)
 
 
 @dataclass(frozen=True)
@@ -75,36 +77,34 @@ def packed_batch(shape: BenchShape, *, vocab_size: int) -> dict[str, torch.Tenso
     def segments(length: int) -> torch.Tensor:
         return (torch.arange(length) * shape.examples_per_row // length + 1).expand(shape.rows, -1).contiguous()
 
+    labels = ids(shape.target_tokens)
     return {
         "source_ids_RS": ids(shape.source_tokens),
         "source_segments_RS": segments(shape.source_tokens),
         "decoder_ids_RT": ids(shape.target_tokens),
         "target_segments_RT": segments(shape.target_tokens),
-        "labels_RT": ids(shape.target_tokens),
-        "spans_RT": torch.randint(0, 5, (shape.rows, shape.target_tokens), generator=generator),
+        "labels_RT": labels,
+        "spans_RT": torch.randint(0, 5, labels.shape, generator=generator),
+        "kinds_RT": torch.zeros_like(labels),
+        "answer_weights_RT": torch.ones(labels.shape),
+        "confidences_RT": torch.ones(labels.shape),
+        "gold_tools_RS": torch.ones(shape.rows, shape.source_tokens, dtype=torch.int64),
     }
 
 
 def training_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, weighting: SpanWeighting, *, compiled: bool
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, *, compiled: bool
 ) -> dict[str, Callable[[dict[str, torch.Tensor]], None]]:
     """The parts of a step, as the trainer does them: forward and backward, and the optimizer."""
 
-    def nats(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits = model(
-            input_ids=batch["source_ids_RS"],
-            source_segments_BS=batch["source_segments_RS"],
-            decoder_input_ids=batch["decoder_ids_RT"],
-            target_segments_BT=batch["target_segments_RT"],
-        ).logits
-        return loss(student_logits_RTV=logits, labels_RT=batch["labels_RT"])
+    def sums(batch: dict[str, torch.Tensor], progress: torch.Tensor) -> dict[str, torch.Tensor]:
+        return objective.measure(batch, student=model, progress=progress, share=progress).sums
 
-    forward = torch.compile(nats) if compiled else nats
+    measure = torch.compile(sums) if compiled else sums
 
     def gradients(batch: dict[str, torch.Tensor]) -> None:
-        weights = weighting(spans_RT=batch["spans_RT"], labels_RT=batch["labels_RT"])
-        terms = reduce(nats_RT=forward(batch), weights_RT=weights)
-        (terms.sum_nats / terms.weight).backward()
+        counts = objective.counts(batch)
+        objective.total(measure(batch, torch.tensor(0.5)), counts, progress=0.5, part_frac=1.0).backward()
 
     def update(_: dict[str, torch.Tensor]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -169,7 +169,7 @@ def main(
     *,
     student: SimpleAttentionNetwork,
     loss: Loss,
-    weighting: SpanWeighting,
+    weighting: Weighting,
     optim: OptimSettings,
     batch: BenchShape,
     vocab_size: Count,
@@ -197,8 +197,17 @@ def main(
     }
     data = packed_batch(batch, vocab_size=codec.vocab_size)
     tokens = batch.rows * (batch.source_tokens + batch.target_tokens)
+    objective = Objective(
+        loss=loss,
+        mixing=PURE,
+        weighting=weighting,
+        balance=Fixed(),
+        auxiliaries={},
+        student=model,
+        teacher=None,
+    )
     optimizer = optim.build(model)
-    parts = training_step(model, optimizer, loss, weighting, compiled=compile)
+    parts = training_step(model, optimizer, objective, compiled=compile)
     for name, part in parts.items():
         seconds = median_seconds(partial(part, data), warmup=warmup, repeats=repeats)
         figures[f"{name}_s"] = round(seconds, 4)

@@ -6,6 +6,7 @@ micro-batch is divided by the whole batch's weight, so the split does not change
 
 # R rows, T target tokens
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from needle.loss.base import IGNORE, Loss, reduce
-from needle.loss.weighting import SpanWeighting
+from needle.loss.base import IGNORE
+from needle.loss.objective import TOKENS, Measured, Objective
 from needle.optim import OptimSettings
 from needle.runs import Run
 from needle.text.render import Span
@@ -59,87 +60,108 @@ class Distillation(pl.LightningModule):
         self,
         *,
         student: torch.nn.Module,
-        loss: Loss,
-        weighting: SpanWeighting,
+        objective: Objective,
         optim: OptimSettings,
         settings: TrainerSettings,
         run: Run,
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.student = student
-        self.loss, self.weighting, self.optim, self.settings, self.run = loss, weighting, optim, settings, run
+        self.student, self.objective = student, objective
+        self.optim, self.settings, self.run = optim, settings, run
         self.tokens_seen = self.steps_done = 0
         self.last_loss_nats = float("nan")
         self.seconds_before = 0.0
         self.seconds: Callable[[], float] = lambda: 0.0
-        self._nats = torch.compile(self._nats_of_batch) if settings.compile else self._nats_of_batch
+        self._measure = torch.compile(self._measured) if settings.compile else self._measured
         self._validation: list[dict[str, Tensor]] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = self.optim.build(self.student)
+        optimizer = self.optim.build(self.student, beside=self.objective)
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
         return optimizer
 
-    def _nats_of_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss in nats and whether the label is the likeliest token, both [R, T]."""
-        logits = self.student(
-            input_ids=batch["source_ids_RS"],
-            source_segments_BS=batch["source_segments_RS"],
-            decoder_input_ids=batch["decoder_ids_RT"],
-            target_segments_BT=batch["target_segments_RT"],
-        ).logits
-        signals = {name: batch[name] for name in ("teacher_ids_RTK", "teacher_log_probs_RTK") if name in batch}
-        nats = self.loss(student_logits_RTV=logits, labels_RT=batch["labels_RT"], **signals)
-        return nats, logits.detach().argmax(dim=-1) == batch["labels_RT"]
+    @property
+    def progress(self) -> float:
+        """Share of the training that is behind."""
+        return self.global_step / self.settings.steps
+
+    def _measured(self, batch: dict[str, Tensor], progress: Tensor, share: Tensor) -> Measured:
+        return self.objective.measure(batch, student=self.student, progress=progress, share=share)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         factor = self.optim.rate_at(self.global_step, total_steps=self.settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
-        weights = self.weighting(spans_RT=batch["spans_RT"], labels_RT=batch["labels_RT"])
-        # Under DDP gradients are averaged over ranks, so each rank divides by the mean weight of all ranks.
-        weight = self.all_gather(weights.sum()).float().mean() if self.trainer.world_size > 1 else weights.sum()
-        detached = []
-        for start in range(0, len(weights), self.settings.rows_per_micro_batch):
+        progress, share = self.progress, self.objective.mixing.at(self.progress)
+        # Under DDP gradients are averaged over ranks, so each rank divides by the mean count of all ranks.
+        counts = {name: self._mean_over_ranks(count) for name, count in self.objective.counts(batch).items()}
+        parts = []
+        for start in range(0, len(batch["labels_RT"]), self.settings.rows_per_micro_batch):
             rows = slice(start, start + self.settings.rows_per_micro_batch)
-            nats, _right = self._nats({name: tensor[rows] for name, tensor in batch.items()})
-            self.manual_backward(reduce(nats_RT=nats, weights_RT=weights[rows]).sum_nats / weight)
-            detached.append(nats.detach())
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.grad_clip_norm)
+            part = {name: tensor[rows] for name, tensor in batch.items()}
+            measured = self._measure(part, torch.tensor(progress), torch.tensor(share))
+            part_frac = len(part["labels_RT"]) / len(batch["labels_RT"])
+            self.manual_backward(self.objective.total(measured.sums, counts, progress=progress, part_frac=part_frac))
+            parts.append(_detached(measured))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.settings.grad_clip_norm)
         # The wrapped optimizer counts global_step and applies the precision plugin's scaling.
         self.optimizers().step()
         optimizer.zero_grad(set_to_none=True)
+        whole = _joined(parts)
+        weights = self.objective.weighting(**batch)
+        self.objective.advance(loss_nats_RT=whole.loss_nats_RT, weights_RT=weights, progress=progress)
         self.tokens_seen += self.trainer.world_size * int(
             (batch["source_segments_RS"] > 0).sum() + (batch["target_segments_RT"] > 0).sum()
         )
         if self.global_step % self.settings.log_every_steps == 0 or self.global_step == self.settings.steps:
-            nats = torch.cat(detached)
-            if not torch.isfinite(nats).all():
-                raise FloatingPointError(
-                    f"the loss is not finite at step {self.global_step}; lower optim.muon_lr or adamw_lr"
-                )
-            self.last_loss_nats = float((nats * weights).sum() / weights.sum())
-            record = {"train/loss_nats": self.last_loss_nats, "train/grad_norm": float(norm)}
-            record |= {f"train/{name}": value for name, value in _by_span(nats, batch).items()}
-            self._record({**record, "train/lr_factor": factor})
+            self._record_step(whole, batch, weights, counts, norm=float(norm), factor=factor, share=share)
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        return self.all_gather(count).float().mean() if self.trainer.world_size > 1 else count
+
+    def _record_step(
+        self,
+        measured: Measured,
+        batch: dict[str, Tensor],
+        weights_RT: Tensor,
+        counts: dict[str, Tensor],
+        *,
+        norm: float,
+        factor: float,
+        share: float,
+    ) -> None:
+        means = {name: float(total / counts[name].clamp_min(1e-9)) for name, total in measured.sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.global_step}; lower optim.muon_lr or adamw_lr"
+            )
+        self.last_loss_nats = means.pop(TOKENS)
+        labels = float((measured.label_nats_RT * weights_RT).sum() / weights_RT.sum())
+        record = {"loss_nats": self.last_loss_nats, "label_nats": labels, "grad_norm": norm, "lr_factor": factor}
+        record |= _by_span(measured.nats_RT, batch) | {f"auxiliary_{name}": mean for name, mean in means.items()}
+        if self.objective.distils:
+            record["mixing_share"] = share
+        self._record({f"train/{name}": value for name, value in record.items()})
 
     def on_validation_epoch_start(self) -> None:
         self._validation.clear()
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        nats, right = self._nats(batch)
+        share = self.objective.mixing.at(self.progress)
+        measured = self._measure(batch, torch.tensor(self.progress), torch.tensor(share))
         kept = {name: batch[name] for name in ("labels_RT", "spans_RT", "target_segments_RT")}
-        self._validation.append({"nats_RT": nats, "right_RT": right, **kept})
+        nats = {"nats_RT": measured.nats_RT, "label_nats_RT": measured.label_nats_RT, "right_RT": measured.right_RT}
+        self._validation.append({**nats, **kept, "weights_RT": self.objective.weighting(**batch)})
 
     def on_validation_epoch_end(self) -> None:
         whole = {name: torch.cat([part[name] for part in self._validation]) for name in self._validation[0]}
-        nats, right, labels = whole["nats_RT"], whole["right_RT"], whole["labels_RT"]
-        weights = self.weighting(spans_RT=whole["spans_RT"], labels_RT=labels)
-        kept = labels != IGNORE
-        record = {"loss_nats": float((nats * weights).sum() / weights.sum()), **_by_span(nats, whole)}
+        right, weights, kept = whole["right_RT"], whole["weights_RT"], whole["labels_RT"] != IGNORE
+        means = [float((whole[name] * weights).sum() / weights.sum()) for name in ("nats_RT", "label_nats_RT")]
+        record = dict(zip(("loss_nats", "label_nats"), means, strict=True))
+        record |= _by_span(whole["nats_RT"], whole)
         record["token_exact_frac"] = float(right[kept].float().mean())
         record["call_forced_exact_frac"] = _whole_examples_right(right, whole["target_segments_RT"], kept)
         self._record({f"val/{name}": value for name, value in record.items()})
@@ -163,6 +185,16 @@ class Distillation(pl.LightningModule):
         state = checkpoint["needle"]
         self.tokens_seen, self.seconds_before = state["tokens_seen"], state["seconds"]
         torch.set_rng_state(state["rng_state"])
+
+
+def _detached(measured: Measured) -> Measured:
+    """Without the graphs, which a step's log must not keep alive."""
+    return Measured(*(x.detach() for x in measured[:-1]), {name: x.detach() for name, x in measured.sums.items()})
+
+
+def _joined(parts: list[Measured]) -> Measured:
+    sums = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
+    return Measured(*(torch.cat(tensors) for tensors in zip(*(part[:-1] for part in parts), strict=True)), sums)
 
 
 def _by_span(nats_RT: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:

@@ -129,9 +129,10 @@ class OptimSettings:
     warmup_steps: Annotated[int, Field(ge=0)]
     decay_frac: Annotated[float, Field(ge=0, le=1)]
 
-    def build(self, model: nn.Module) -> MuonAdamW:
-        """Matrices of attention and feed-forward layers go to Muon; embedding, copy head, norms, gates to AdamW."""
-        embedding, rest = [], []
+    def build(self, model: nn.Module, *, beside: nn.Module | None = None) -> MuonAdamW:
+        """Matrices of attention and feed-forward layers go to Muon; embedding, copy head, norms, gates to AdamW, as
+        do the parameters of `beside`, which a loss learns for itself."""
+        embedding, rest = [], list(beside.parameters()) if beside is not None else []
         matrices: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
         for name, parameter in model.named_parameters():
             owner, _, role = name.removesuffix(".weight").rpartition(".")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -21,17 +21,24 @@ from needle import artifacts, config
 from needle.corpus.mix import Mixer, evaluation
 from needle.data.packing import pack, padding_frac
 from needle.data.settings import DataSettings
-from needle.data.shards import Shard, ShardWriter
+from needle.data.shards import GOLD_TOOLS_MAX, About, Shard, ShardWriter
 from needle.errors import ConfigError
 from needle.generate import corpus_folder
 from needle.runs import Paths
-from needle.schema import EVALUATION_ONLY, BadLine, Example, Tool, read_examples
+from needle.schema import EVALUATION_ONLY, KINDS, BadLine, Example, Tool, read_examples
 from needle.text.render import Span, render_calls, render_query, render_tools
 from needle.text.tokenizer import TextCodec, train_tokenizer
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 EVALUATION_SPLITS = ("validation", "test", "unseen")
-Encoded = tuple[str, list[int], list[int], list[int]]
+
+
+class Encoded(NamedTuple):
+    key: str
+    source: list[int]
+    target: list[int]
+    spans: list[int]
+    about: About
 
 
 def shards_folder(paths: Paths, data: DataSettings) -> Path:
@@ -135,11 +142,11 @@ def _texts(data: DataSettings, mixer: Mixer) -> Iterator[str]:
 
 
 def _encode(codec: TextCodec, example: Example) -> Encoded:
-    return (
-        example.id,
-        codec.encode_prompt(example.query, example.tools),
-        *codec.encode_target(example.calls, example.tools),
-    )
+    called = {call.name for call in example.calls}
+    gold = sum(1 << place for place, tool in enumerate(example.tools[:GOLD_TOOLS_MAX]) if tool.name in called)
+    source = codec.encode_prompt(example.query, example.tools)
+    target, spans = codec.encode_target(example.calls, example.tools)
+    return Encoded(example.id, source, target, spans, About(KINDS.index(example.kind), gold))
 
 
 def _encode_training(mixer: Mixer, codec: TextCodec, parts: int, part: int) -> list[Encoded]:
@@ -151,16 +158,19 @@ def _write(folder: Path, encoded: Sequence[Encoded], data: DataSettings) -> dict
     writer = ShardWriter()
     limit_S, limit_T = data.text.max_source_tokens, data.text.max_target_tokens
     too_long = 0
-    for key, source, target, spans in encoded:
-        if len(source) > limit_S or len(target) > limit_T:
+    for item in encoded:
+        if len(item.source) > limit_S or len(item.target) > limit_T:
             too_long += 1
         else:
-            writer.add(key, source, target, spans)
+            writer.add(*item)
     if not len(writer):
         raise ConfigError(
             f"no example has at most data.text.max_source_tokens={limit_S} and max_target_tokens={limit_T} tokens"
         )
-    longest = {"longest_source": max(len(e[1]) for e in encoded), "longest_target": max(len(e[2]) for e in encoded)}
+    longest = {
+        "longest_source": max(len(e.source) for e in encoded),
+        "longest_target": max(len(e.target) for e in encoded),
+    }
     return {**writer.save(folder), "too_long": too_long, **longest}
 
 

@@ -13,9 +13,9 @@ had. A run may be continued to another length, since rates stay level until the 
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +32,9 @@ from needle.data.shards import Shard
 from needle.decode import Decoder
 from needle.distil import Distillation, TrainerSettings
 from needle.errors import ConfigError, DataError
-from needle.loss.base import Loss
-from needle.loss.weighting import SpanWeighting
+from needle.loss import AuxiliarySettings, Loss, Mixing, Weighting
+from needle.loss.balance import Balance
+from needle.loss.objective import NETWORK, Objective
 from needle.optim import OptimSettings
 from needle.prepare import shards_folder
 from needle.progress import Progress
@@ -45,11 +46,40 @@ from needle.text.tokenizer import TextCodec
 from needle.tracking import Tracking
 
 
-def legal(*, teacher: Teacher, loss: Loss, **_: Any) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """What a run is composed of: conf/train.yaml's keys, built."""
+
+    name: str
+    teacher: Any
+    data: DataSettings
+    student: SimpleAttentionNetwork
+    loss: Any
+    mixing: Mixing
+    weighting: Weighting
+    balance: Any
+    auxiliaries: Mapping[str, Any]
+    optim: OptimSettings
+    trainer: TrainerSettings
+    logger: Tracking
+    paths: Paths
+    initial: Path | None
+    resume: Path | None
+    samples: int
+    seed: int
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of the teacher."""
+        return frozenset().union(self.loss.needs, *(term.needs for term in self.auxiliaries.values()))
+
+
+def legal(*, teacher: Teacher, loss: Loss, auxiliaries: Mapping[str, AuxiliarySettings], **_: Any) -> None:
     """The teacher x loss rule, checked while the configuration is composed."""
-    names = {"loss_name": type(loss).__name__, "teacher_name": type(teacher).__name__}
     gives = {"capabilities": teacher.capabilities, "tokenizer": teacher.tokenizer}
-    check_legal(needs=loss.needs, **gives, **names)
+    for asking in (loss, *auxiliaries.values()):
+        names = {"loss_name": type(asking).__name__, "teacher_name": type(teacher).__name__}
+        check_legal(needs=asking.needs, **gives, **names)
     stored = getattr(teacher, "temperature", None)
     if "top_k" in loss.needs and stored != getattr(loss, "temperature", stored):
         raise ConfigError(
@@ -68,7 +98,10 @@ def main(
     data: DataSettings,
     student: SimpleAttentionNetwork,
     loss: Loss,
-    weighting: SpanWeighting,
+    mixing: Mixing,
+    weighting: Weighting,
+    balance: Balance,
+    auxiliaries: Mapping[str, Any],
     optim: OptimSettings,
     trainer: TrainerSettings,
     logger: Tracking,
@@ -78,28 +111,11 @@ def main(
     samples: Annotated[int, Field(ge=0)],
     seed: Annotated[int, Field(ge=0)],
 ) -> None:
+    settings = Settings(**{key: value for key, value in locals().items() if key != "cfg"})
     if resume is not None:
         _continue(resume, trainer.steps if _new_length(cfg["_overrides_"]) else None)
-        return
-    _train(
-        cfg,
-        run=None,
-        checkpoint=None,
-        name=name,
-        teacher=teacher,
-        data=data,
-        student=student,
-        loss=loss,
-        weighting=weighting,
-        optim=optim,
-        trainer=trainer,
-        logger=logger,
-        paths=paths,
-        initial=initial,
-        resume=resume,
-        samples=samples,
-        seed=seed,
-    )
+    else:
+        _train(cfg, settings, run=None, checkpoint=None)
 
 
 def _new_length(overrides: Sequence[str]) -> bool:
@@ -138,35 +154,17 @@ def _continue(folder: Path, steps: int | None) -> None:
             )
         cfg["trainer"]["steps"] = steps
     run.resume(cfg)
-    _train(cfg, run=run, checkpoint=checkpoint, **config.build_settings(cfg, main.stage_function))
+    _train(cfg, Settings(**config.build_settings(cfg, main.stage_function)), run=run, checkpoint=checkpoint)
 
 
-def _train(
-    cfg: dict[str, Any],
-    *,
-    run: Run | None,
-    checkpoint: Path | None,
-    name: str,
-    teacher: Any,
-    data: DataSettings,
-    student: SimpleAttentionNetwork,
-    loss: Any,
-    weighting: SpanWeighting,
-    optim: OptimSettings,
-    trainer: TrainerSettings,
-    logger: Tracking,
-    paths: Paths,
-    initial: Path | None,
-    resume: Path | None,
-    samples: int,
-    seed: int,
-) -> None:
-    shards = shards_folder(paths, data)
+def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoint: Path | None) -> None:
+    teacher, trainer, seed = settings.teacher, settings.trainer, settings.seed
+    shards = shards_folder(settings.paths, settings.data)
     artifacts.require(shards, kind="shards", command="python -m needle.prepare " + config.as_overrides(cfg, "data"))
     inputs = {"shards": shards.name}
     signals = None
-    if "top_k" in loss.needs:
-        signals = teacher.signals_folder(paths.artifacts, shards)
+    if "top_k" in settings.needs:
+        signals = teacher.signals_folder(settings.paths.artifacts, shards)
         command = f"python -m needle.signals {config.as_overrides(cfg, 'data', 'teacher')}"
         artifacts.require(signals, kind="signals", command=command)
         inputs["signals"] = signals.name
@@ -175,11 +173,26 @@ def _train(
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     pl.seed_everything(seed, verbose=False)
-    model, codec = _initial_student(initial, student, shards)
-    if initial is not None:
-        inputs["initial"] = artifacts.hash_file(Path(initial) / "model.safetensors")
+    model, codec = _initial_student(settings.initial, settings.student, shards)
+    if settings.initial is not None:
+        inputs["initial"] = artifacts.hash_file(settings.initial / "model.safetensors")
+    network = None
+    if settings.needs & NETWORK:
+        teacher.check_tokenizer(shards)
+        network = teacher.network()
+        inputs["teacher"] = teacher.student_identity()
+    # Built after the student, so that what a loss learns does not change the student's first weights.
+    objective = Objective(
+        loss=settings.loss,
+        mixing=settings.mixing,
+        weighting=settings.weighting,
+        balance=settings.balance,
+        auxiliaries=settings.auxiliaries,
+        student=model,
+        teacher=network,
+    )
     if run is None:
-        run = claim(paths.runs, stage="train", name=name, cfg=cfg, inputs=inputs)
+        run = claim(settings.paths.runs, stage="train", name=settings.name, cfg=cfg, inputs=inputs)
         save(model, codec, run.folder / "initial")
     with run:
         run.note(shards=str(shards), parameters=sum(p.numel() for p in model.parameters()))
@@ -187,21 +200,21 @@ def _train(
             train=Shard.open(shards / "train", signals and signals / "train"),
             validation=Shard.open(shards / "validation", signals and signals / "validation"),
             rows_per_batch=trainer.rows_per_batch,
-            source_row_tokens=data.packing.source_row_tokens,
-            target_row_tokens=data.packing.target_row_tokens,
-            window_examples=data.packing.window_examples,
+            source_row_tokens=settings.data.packing.source_row_tokens,
+            target_row_tokens=settings.data.packing.target_row_tokens,
+            window_examples=settings.data.packing.window_examples,
             seed=seed,
         )
-        module = Distillation(student=model, loss=loss, weighting=weighting, optim=optim, settings=trainer, run=run)
-        stopped = _fit(module, packed, cfg, checkpoint=checkpoint, logger=logger, run=run)
+        module = Distillation(student=model, objective=objective, optim=settings.optim, settings=trainer, run=run)
+        stopped = _fit(module, packed, cfg, checkpoint=checkpoint, logger=settings.logger, run=run)
         if stopped:
             print(f"stopped at step {module.global_step}; continue with: python -m needle.train resume={run.folder}")
             run.finish("interrupted")
             raise SystemExit(130)
         save(model, codec, run.folder / "model")
-        if samples:
-            _sample_answers(model, codec, shards, samples, logger, run)
-        logger.close(0)
+        if settings.samples:
+            _sample_answers(model, codec, shards, settings.samples, settings.logger, run)
+        settings.logger.close(0)
         run.finish("finished")
     print(f"run: {run.folder}")
 

@@ -6,7 +6,7 @@ shuffled examples keeps the order random while padding stays at a few percent.
 
 # R rows, S source row tokens, T target row tokens, K stored teacher tokens
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -59,13 +59,17 @@ def collate(
     """A batch of packed rows.
 
     Returns:
-        source_ids_RS, source_segments_RS, decoder_ids_RT, target_segments_RT, labels_RT (-100 for padding), spans_RT,
-        and with signals teacher_ids_RTK and teacher_log_probs_RTK (nats). Segments count from 1; 0 is padding.
+        source_ids_RS, source_segments_RS, decoder_ids_RT, target_segments_RT, labels_RT (-100 for padding), spans_RT;
+        what `About` says of a token's example: kinds_RT, answer_weights_RT, confidences_RT, and gold_tools_RS at its
+        source tokens; with signals teacher_ids_RTK and teacher_log_probs_RTK (nats). Segments count from 1; 0 is
+        padding.
     """
     shape_S, shape_T = (len(rows), source_row_tokens), (len(rows), target_row_tokens)
     source, source_segments = np.full(shape_S, PAD, np.int64), np.zeros(shape_S, np.int64)
     decoder, target_segments = np.full(shape_T, PAD, np.int64), np.zeros(shape_T, np.int64)
     labels, spans = np.full(shape_T, IGNORE, np.int64), np.zeros(shape_T, np.int64)
+    kinds, gold_tools = np.zeros(shape_T, np.int64), np.zeros(shape_S, np.int64)
+    answer_weights, confidences = np.ones(shape_T, np.float32), np.ones(shape_T, np.float32)
     signals = shard.signals
     if signals is not None:
         teacher_ids = np.zeros((*shape_T, signals.ids_XK.shape[1]), np.int64)
@@ -81,6 +85,9 @@ def collate(
             decoder[r, t], decoder[r, t + 1 : t_end] = BOS, answer[:-1]
             labels[r, t:t_end], target_segments[r, t:t_end] = answer, segment
             spans[r, t:t_end] = shard.spans[target_slice]
+            kinds[r, t:t_end], gold_tools[r, s:s_end] = shard.kind[index], shard.gold_tools[index]
+            answer_weights[r, t:t_end] = shard.answer_weight[index]
+            confidences[r, t:t_end] = shard.confidence[index]
             if signals is not None:
                 teacher_ids[r, t:t_end] = signals.ids_XK[target_slice]
                 teacher_log_probs[r, t:t_end] = signals.log_probs_XK[target_slice]
@@ -92,10 +99,24 @@ def collate(
         "target_segments_RT": target_segments,
         "labels_RT": labels,
         "spans_RT": spans,
+        "kinds_RT": kinds,
+        "answer_weights_RT": answer_weights,
+        "confidences_RT": confidences,
+        "gold_tools_RS": gold_tools,
     }
     if signals is not None:
         batch |= {"teacher_ids_RTK": teacher_ids, "teacher_log_probs_RTK": teacher_log_probs}
     return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def network_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A packed batch as the keyword arguments of a student."""
+    return {
+        "input_ids": batch["source_ids_RS"],
+        "source_segments_BS": batch["source_segments_RS"],
+        "decoder_input_ids": batch["decoder_ids_RT"],
+        "target_segments_BT": batch["target_segments_RT"],
+    }
 
 
 class PackedBatches:

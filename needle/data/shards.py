@@ -1,8 +1,8 @@
 """Token shards on disk: one flat array a field, memory-mapped, with offsets; example `i` is a slice of each.
 
 A split's folder holds source.npy, target.npy (uint16), spans.npy (uint8), source_offsets.npy, target_offsets.npy
-(int64) and keys.npy (uint64, hashes that name the examples across shards). Teacher signals lie in a folder of their
-own, aligned to target.npy.
+(int64), keys.npy (uint64, hashes that name the examples across shards), and an array for each field of `About`. Teacher
+signals lie in a folder of their own, aligned to target.npy.
 """
 
 # N examples, X target tokens of all examples, K stored teacher tokens
@@ -10,12 +10,31 @@ own, aligned to target.npy.
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from needle.errors import DataError
 
 MAX_VOCABULARY = 2**16
+GOLD_TOOLS_MAX = 62
+
+
+class About(NamedTuple):
+    """What a loss may want to know of a whole example.
+
+    kind: index into schema.KINDS. gold_tools: bit i is set where the answer calls the prompt's tool i, of its first
+    GOLD_TOOLS_MAX. answer_weight: the answer's share among the teacher's samples for this request, above 0 to 1.
+    confidence: the teacher's, 0 to 1.
+    """
+
+    kind: int
+    gold_tools: int
+    answer_weight: float = 1.0
+    confidence: float = 1.0
+
+
+ABOUT_TYPES = {"kind": np.uint8, "gold_tools": np.int64, "answer_weight": np.float32, "confidence": np.float32}
 
 
 class ShardWriter:
@@ -26,15 +45,17 @@ class ShardWriter:
         self._targets: list[np.ndarray] = []
         self._spans: list[np.ndarray] = []
         self._keys: list[int] = []
+        self._about: list[About] = []
 
     def __len__(self) -> int:
         return len(self._sources)
 
-    def add(self, key: str, source: list[int], target: list[int], spans: list[int]) -> None:
+    def add(self, key: str, source: list[int], target: list[int], spans: list[int], about: About) -> None:
         self._sources.append(np.asarray(source, dtype=np.uint16))
         self._targets.append(np.asarray(target, dtype=np.uint16))
         self._spans.append(np.asarray(spans, dtype=np.uint8))
         self._keys.append(int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "little"))
+        self._about.append(about)
 
     def save(self, folder: Path) -> dict[str, int]:
         """Writes the split; returns its counts."""
@@ -45,6 +66,8 @@ class ShardWriter:
         for name, parts in (("source", self._sources), ("target", self._targets)):
             np.save(folder / f"{name}_offsets.npy", np.cumsum([0, *map(len, parts)], dtype=np.int64))
         np.save(folder / "keys.npy", np.asarray(self._keys, dtype=np.uint64))
+        for place, (name, dtype) in enumerate(ABOUT_TYPES.items()):
+            np.save(folder / f"{name}.npy", np.asarray([about[place] for about in self._about], dtype=dtype))
         return {
             "examples": len(self),
             "source_tokens": sum(map(len, self._sources)),
@@ -73,12 +96,16 @@ class Shard:
     spans: np.ndarray
     source_offsets: np.ndarray
     target_offsets: np.ndarray
+    kind: np.ndarray
+    gold_tools: np.ndarray
+    answer_weight: np.ndarray
+    confidence: np.ndarray
     signals: Signals | None = None
 
     @staticmethod
     def open(folder: Path, signals_folder: Path | None = None) -> "Shard":
         """Raises DataError when an array is missing, cut off, or not aligned with the others."""
-        names = ("source", "target", "spans", "source_offsets", "target_offsets")
+        names = ("source", "target", "spans", "source_offsets", "target_offsets", *ABOUT_TYPES)
         arrays = {name: _load(Path(folder) / f"{name}.npy") for name in names}
         signals = Signals.open(Path(signals_folder)) if signals_folder is not None else None
         shard = Shard(**arrays, signals=signals)
@@ -89,6 +116,12 @@ class Shard:
                 f"{folder} is inconsistent: {len(shard.spans)} spans for {len(shard.target)} target tokens; prepare it "
                 "again"
             )
+        for name in ABOUT_TYPES:
+            if len(arrays[name]) != len(shard):
+                raise DataError(
+                    f"{folder} is inconsistent: {name}.npy speaks of {len(arrays[name])} examples, there are "
+                    f"{len(shard)}; prepare it again"
+                )
         if signals is not None and signals.ids_XK.shape != signals.log_probs_XK.shape:
             raise DataError(
                 f"{signals_folder} is inconsistent: ids of shape {signals.ids_XK.shape}, log-probabilities of "

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from needle.loss.base import IGNORE
-from needle.loss.hard_label import cross_entropy
 
 TAIL_FLOOR = 1e-7  # float32 cannot tell 1 - sum of probabilities from 0 below this
 
@@ -38,15 +37,13 @@ def forward_kl_topk(*, student_log_probs_RTV: Tensor, teacher_ids_RTK: Tensor, t
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """mix * temperature^2 * KL(p_teacher || p_student) + (1 - mix) * -log p_student(label) (Hinton et al. 2015), in
-    nats.
+    """temperature^2 * KL(p_teacher || p_student) (Hinton et al. 2015), in nats.
 
     Both distributions are at `temperature`; the factor keeps the gradient's size when it changes. The teacher's must
     have been stored at that temperature, since a truncated distribution cannot be re-tempered.
     """
 
     temperature: Annotated[float, Field(gt=0)]
-    mix: Annotated[float, Field(ge=0, le=1)]
     needs: ClassVar[frozenset[str]] = frozenset({"top_k"})
 
     def __call__(
@@ -63,8 +60,4 @@ class ForwardKL:
             teacher_ids_RTK=teacher_ids_RTK,
             teacher_log_probs_RTK=teacher_log_probs_RTK,
         )
-        divergence = divergence.masked_fill(labels_RT == IGNORE, 0.0) * self.temperature**2
-        if self.mix == 1:
-            return divergence
-        labels = cross_entropy(student_logits_RTV=student_logits_RTV, labels_RT=labels_RT)
-        return self.mix * divergence + (1 - self.mix) * labels
+        return divergence.masked_fill(labels_RT == IGNORE, 0.0) * self.temperature**2

@@ -15,10 +15,11 @@ from needle.errors import ConfigError
 from needle.schema import Tool, canonical_json
 
 # text: one answer. samples: several, with weights. top_k: log-probabilities of the likeliest tokens at every position.
-# full_logits: of all tokens. live: can score the student's own output while it trains.
-CAPABILITIES = ("text", "samples", "top_k", "full_logits", "live")
+# full_logits: of all tokens. live: can score the student's own output while it trains. features: the states and
+# attention inside its network.
+CAPABILITIES = ("text", "samples", "top_k", "full_logits", "live", "features")
 # Those that speak of single tokens, and so of a tokenizer.
-TOKEN_CAPABILITIES = frozenset({"top_k", "full_logits", "live"})
+TOKEN_CAPABILITIES = frozenset({"top_k", "full_logits", "live", "features"})
 
 # label: calls for a request. author: requests with answers, or tools, as JSON.
 ROLES = ("label", "author")
@@ -194,6 +195,7 @@ def check_legal(
         "`python -m needle.signals teacher=checkpoint`",
         "full_logits": "use a loss over top_k, or teacher=checkpoint",
         "live": "use teacher=checkpoint",
+        "features": "use teacher=checkpoint",
         "samples": "use loss=hard_label, or a teacher that samples",
         "text": "use teacher=recorded",
     }

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from needle.artifacts import fingerprint, hash_file, hash_once
-from needle.data.packing import collate, pack
+from needle.data.packing import collate, network_inputs, pack
 from needle.data.shards import Shard
 from needle.errors import ConfigError, DataError
 from needle.schema import Tool
@@ -48,7 +48,7 @@ class CheckpointTeacher:
     batch_size: Annotated[int, Field(ge=1)]
     device: str
     traffic: Traffic
-    capabilities: ClassVar[frozenset[str]] = frozenset({"text", "top_k", "full_logits", "live"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"text", "top_k", "full_logits", "live", "features"})
     roles: ClassVar[frozenset[str]] = frozenset({"label"})
     tokenizer: ClassVar[Literal["student", "own"]] = "student"
     key_variable: ClassVar[str | None] = None
@@ -90,6 +90,17 @@ class CheckpointTeacher:
                 f"data.text.tokenizer={self.model_folder()}"
             )
 
+    def network(self) -> torch.nn.Module:
+        """The student itself, frozen, in evaluation mode, on its device: what live losses score with.
+
+        Raises:
+            DataError: it is not there, or damaged.
+        """
+        from needle.student import load
+
+        model, _ = load(self.model_folder())
+        return model.requires_grad_(False).to(self.device)
+
     @torch.no_grad()
     def top_log_probs(
         self,
@@ -119,12 +130,7 @@ class CheckpointTeacher:
         for start in range(0, len(rows), rows_per_batch):
             chosen = rows[start : start + rows_per_batch]
             batch = collate(shard, chosen, **shape)
-            logits_RTV = model(
-                input_ids=batch["source_ids_RS"],
-                source_segments_BS=batch["source_segments_RS"],
-                decoder_input_ids=batch["decoder_ids_RT"],
-                target_segments_BT=batch["target_segments_RT"],
-            ).logits
+            logits_RTV = model(**network_inputs(batch)).logits
             top = (logits_RTV.float() / self.temperature).log_softmax(dim=-1).topk(self.top_k, dim=-1)
             for r, row in enumerate(chosen):
                 t = 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from needle.corpus.catalogue import load
 from needle.data.datamodule import ValidationBatches
 from needle.data.packing import IGNORE, PackedBatches, collate, pack, padding_frac
-from needle.data.shards import Shard, ShardWriter, Signals
+from needle.data.shards import About, Shard, ShardWriter, Signals
 from needle.text.render import render_query, render_tools
 from needle.text.tokenizer import BOS, PAD, TextCodec, train_tokenizer
 
@@ -22,6 +22,8 @@ STREAM = {**ROW, "rows_per_batch": 4, "window_examples": 16}
 K = 3
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=30)
+
+ABOUT = About(kind=0, gold_tools=1)
 
 
 def shard_of(lengths: list[tuple[int, int]], *, signals: bool = False) -> Shard:
@@ -38,6 +40,10 @@ def shard_of(lengths: list[tuple[int, int]], *, signals: bool = False) -> Shard:
         spans=(np.arange(X) % 5).astype(np.uint8),
         source_offsets=np.cumsum([0, *source_N]),
         target_offsets=np.cumsum([0, *target_N]),
+        kind=(np.arange(len(lengths)) % 9).astype(np.uint8),
+        gold_tools=1 + np.arange(len(lengths), dtype=np.int64),
+        answer_weight=1 / (1 + np.arange(len(lengths), dtype=np.float32)),
+        confidence=np.linspace(0, 1, len(lengths), dtype=np.float32),
         signals=stored,
     )
 
@@ -98,6 +104,13 @@ def test_a_batch_holds_every_example_shifted_and_aligned(lengths: list[tuple[int
             assert batch["labels_RT"][r][in_target].tolist() == target
             assert batch["decoder_ids_RT"][r][in_target].tolist() == [BOS, *target[:-1]]
             assert batch["spans_RT"][r][in_target].tolist() == shard.spans[place].tolist()
+            for of_token, of_example in (
+                ("kinds_RT", "kind"),
+                ("answer_weights_RT", "answer_weight"),
+                ("confidences_RT", "confidence"),
+            ):
+                assert set(batch[of_token][r][in_target].tolist()) == {getattr(shard, of_example)[index].item()}
+            assert set(batch["gold_tools_RS"][r][in_source].tolist()) == {shard.gold_tools[index].item()}
             assert np.array_equal(batch["teacher_ids_RTK"][r][in_target], shard.signals.ids_XK[place])
             assert np.array_equal(batch["teacher_log_probs_RTK"][r][in_target], shard.signals.log_probs_XK[place])
     empty_S, empty_T = batch["source_segments_RS"] == 0, batch["target_segments_RT"] == 0
@@ -207,7 +220,7 @@ def test_rows_of_the_recorded_corpus_hold_little_padding(repository: Path, tmp_p
         tools = [*example.tools, *(others[i] for i in extra)]
         source, (target, spans) = codec.encode_prompt(example.query, tools), codec.encode_target(example.calls, tools)
         if len(source) <= row["source_row_tokens"] and len(target) <= row["target_row_tokens"]:
-            writer.add(example.id, source, target, spans)
+            writer.add(example.id, source, target, spans, ABOUT)
     assert len(writer) > 1900
     writer.save(tmp_path / "train")
     shard = Shard.open(tmp_path / "train")

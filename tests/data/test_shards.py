@@ -7,17 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from needle.data.shards import MAX_VOCABULARY, Shard, ShardWriter
+from needle.data.shards import ABOUT_TYPES, GOLD_TOOLS_MAX, MAX_VOCABULARY, About, Shard, ShardWriter
 from needle.errors import DataError
 
 tokens = st.lists(st.integers(0, MAX_VOCABULARY - 1), min_size=1, max_size=9)
 encoded = st.lists(st.tuples(tokens, tokens), max_size=6)
 
 
+def about(i: int) -> About:
+    """Values that float32 holds exactly."""
+    return About(kind=i % 9, gold_tools=1 << (i * 11 % GOLD_TOOLS_MAX), answer_weight=1 / 2**i, confidence=i / 8)
+
+
 def write(folder: Path, examples: list[tuple[list[int], list[int]]]) -> dict[str, int]:
     writer = ShardWriter()
     for i, (source, target) in enumerate(examples):
-        writer.add(f"example {i}", source, target, [token % 5 for token in target])
+        writer.add(f"example {i}", source, target, [token % 5 for token in target], about(i))
     return writer.save(folder)
 
 
@@ -40,11 +45,12 @@ def test_every_example_comes_back(tmp_path_factory: pytest.TempPathFactory, exam
         assert shard.source[slice(*shard.source_offsets[i : i + 2])].tolist() == source
         assert shard.target[place].tolist() == target
         assert shard.spans[place].tolist() == [token % 5 for token in target]
+        assert tuple(getattr(shard, name)[i] for name in ABOUT_TYPES) == about(i)
 
 
 def test_a_token_beyond_sixteen_bits_is_refused_not_wrapped():
     with pytest.raises(OverflowError):
-        ShardWriter().add("a", [MAX_VOCABULARY], [1], [0])
+        ShardWriter().add("a", [MAX_VOCABULARY], [1], [0], about(0))
 
 
 def test_a_split_is_never_written_over(folder: Path):
@@ -52,7 +58,7 @@ def test_a_split_is_never_written_over(folder: Path):
         write(folder, [([1], [2])])
 
 
-@pytest.mark.parametrize("name", ["source", "target", "spans", "source_offsets", "target_offsets"])
+@pytest.mark.parametrize("name", ["source", "target", "spans", "source_offsets", "target_offsets", *ABOUT_TYPES])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "pickle"])
 def test_a_damaged_array_is_named(folder: Path, name: str, damage: str):
     path = folder / f"{name}.npy"

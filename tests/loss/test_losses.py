@@ -15,8 +15,8 @@ from needle.loss.divergences import forward_kl_topk, log_tail
 V = 11
 LOSSES = {
     "hard_label": HardLabel(),
-    "forward_kl": ForwardKL(temperature=1.0, mix=1.0),
-    "forward_kl_mixed": ForwardKL(temperature=2.0, mix=0.5),
+    "forward_kl": ForwardKL(temperature=1.0),
+    "forward_kl_tempered": ForwardKL(temperature=2.0),
 }
 
 
@@ -124,7 +124,7 @@ def test_value_and_gradient_are_finite_at_the_extremes(teacher: str, student: st
 
 def test_a_one_hot_teacher_gives_cross_entropy():
     logits = log_probs(1, 2, V, seed=3).float()
-    nats = ForwardKL(temperature=1.0, mix=1.0)(
+    nats = ForwardKL(temperature=1.0)(
         student_logits_RTV=logits, labels_RT=torch.tensor([[3, 3]]), **top(TEACHERS["one_hot"], 4)
     )
     assert torch.allclose(nats, -logits[..., 3], atol=1e-4)
@@ -146,7 +146,7 @@ def test_the_gradient_of_the_divergence_is_that_of_finite_differences(k: int):
 
 def test_the_gradient_of_the_full_divergence_is_student_minus_teacher():
     teacher, logits = log_probs(2, 3, V, seed=1), log_probs(2, 3, V, seed=2).float().requires_grad_()
-    loss = ForwardKL(temperature=1.0, mix=1.0)
+    loss = ForwardKL(temperature=1.0)
     nats = loss(student_logits_RTV=logits, labels_RT=torch.zeros(2, 3, dtype=torch.long), **top(teacher.float(), V - 1))
     nats.sum().backward()
     assert torch.allclose(logits.grad.double(), logits.detach().double().softmax(-1) - teacher.exp(), atol=1e-5)
@@ -169,7 +169,7 @@ def test_the_gradient_of_cross_entropy_is_student_minus_label():
 def test_the_divergence_is_of_tempered_distributions_times_the_square(temperature: float):
     teacher = (log_probs(2, 3, V, seed=1) / temperature).log_softmax(-1)
     logits = log_probs(2, 3, V, seed=2)
-    nats = ForwardKL(temperature=temperature, mix=1.0)(
+    nats = ForwardKL(temperature=temperature)(
         student_logits_RTV=logits.float(), labels_RT=torch.zeros(2, 3, dtype=torch.long), **top(teacher.float(), V)
     )
     by_hand = temperature**2 * full_kl(teacher, (logits / temperature).log_softmax(-1))
@@ -187,7 +187,7 @@ def test_the_gradient_keeps_its_size_and_nears_the_high_temperature_limit():
     for temperature in (1.0, 2.0, 4.0, 16.0):
         logits = student.float().clone().requires_grad_()
         signals = top((teacher / temperature).log_softmax(-1).float(), V - 1)
-        loss = ForwardKL(temperature=temperature, mix=1.0)
+        loss = ForwardKL(temperature=temperature)
         loss(student_logits_RTV=logits, labels_RT=torch.zeros(1, 1, dtype=torch.long), **signals).sum().backward()
         gradients[temperature] = logits.grad.double()
     assert torch.allclose(gradients[16.0], limit, rtol=0.1, atol=0.1 * limit.abs().max().item())
@@ -209,15 +209,6 @@ def test_ignored_labels_cost_nothing_and_teach_nothing(name: str):
     assert (nats[ignored] == 0).all()
     assert (nats[~ignored] > 0).all()
     assert (logits.grad[ignored] == 0).all()
-
-
-def test_mix_goes_from_hard_labels_to_the_pure_divergence():
-    inputs = batch()
-    hard, pure = LOSSES["hard_label"](**inputs), LOSSES["forward_kl"](**inputs)
-    by_mix = {mix: ForwardKL(temperature=1.0, mix=mix)(**inputs) for mix in (0.0, 0.25, 1.0)}
-    assert torch.equal(by_mix[0.0], hard)
-    assert torch.equal(by_mix[1.0], pure)
-    assert torch.allclose(by_mix[0.25], 0.25 * pure + 0.75 * hard)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from needle import config
 from needle.data.packing import collate
-from needle.data.shards import Shard, ShardWriter
+from needle.data.shards import About, Shard, ShardWriter
 from needle.decode import Decoder
 from needle.errors import ConfigError, DataError
 from needle.loss.divergences import forward_kl_topk
@@ -53,7 +53,9 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
     writer = ShardWriter()
     for i in range(13):
         tools, query, target = (rng.integers(5, PIECES, size=rng.integers(2, 25)).tolist() for _ in range(3))
-        writer.add(str(i), [TOOLS, *tools, QUERY, *query], [*target, EOS], [0] * (len(target) + 1))
+        writer.add(
+            str(i), [TOOLS, *tools, QUERY, *query], [*target, EOS], [0] * (len(target) + 1), About(kind=0, gold_tools=1)
+        )
     folder = tmp_path_factory.mktemp("shard") / "train"
     writer.save(folder)
     return Shard.open(folder)
