@@ -23,7 +23,7 @@ DEMO := paths.runs=runs/demo
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate prepare teacher signals train score report demo test lint types bench bench-teacher prove lock clean
+.PHONY: help setup generate prepare teacher signals train score report demo test lint types bench bench-losses bench-teacher prove lock clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,9 @@ types: setup ## Check types
 
 bench: setup ## Measure training and decoding speed on this machine
 	$(BIN)/python -m needle.bench $(ARGS)
+
+bench-losses: setup ## Measure what each loss costs a training step, next to hard labels (half an hour)
+	$(BIN)/python -m needle.bench_losses $(ARGS)
 
 bench-teacher: setup ## Measure buying and looking up answers against a local server (three minutes)
 	$(BIN)/python tests/servers/bench_teacher.py $(ARGS)

@@ -1,16 +1,19 @@
 """Measures where time goes on this machine: matrix product, training step, decoding.
 
     python -m needle.bench student=san_base            # make bench
+    python -m needle.bench loss=reverse_kl auxiliary=[z_loss] teacher_student=san_large
 
 Every figure is the median of several measurements after a warm-up, and is printed with the machine's own sgemm rate,
-since a rate without that says little about the code.
+since a rate without that says little about the code. A loss that reads a teacher is given random distributions, or
+runs a random network of `teacher_student`'s size: time and memory do not depend on what they say.
 """
 
 import random
+import resource
 import statistics
 import string
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,15 +25,15 @@ from pydantic import Field
 from needle import config
 from needle.artifacts import write_json_atomic
 from needle.loss import Loss, Mixing, Weighting
-from needle.loss.balance import Fixed
-from needle.loss.objective import Objective
+from needle.loss.balance import Balance
+from needle.loss.objective import NETWORK, Objective
 from needle.optim import OptimSettings
 from needle.schema import Tool
 from needle.student import SimpleAttentionNetwork
 from needle.text.tokenizer import BOS, SPECIALS, TextCodec, train_tokenizer
 
 Count = Annotated[int, Field(ge=1)]
-PURE = Mixing(shape="constant", start=1.0, end=1.0, begin_frac=0.0, end_frac=1.0)
+HALFWAY = 0.5  # of the training, where schedules are read
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def made_up_texts(count: int) -> list[str]:
     return [f"{word} {word}" for word in words]
 
 
-def packed_batch(shape: BenchShape, *, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Random tokens in the layout of `needle.data.packing.collate`, without padding."""
+def packed_batch(shape: BenchShape, *, vocab_size: int, top_k: int) -> dict[str, torch.Tensor]:
+    """Random tokens in the layout of `needle.data.packing.collate`, without padding, with a teacher's distributions."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> torch.Tensor:
@@ -78,6 +81,7 @@ def packed_batch(shape: BenchShape, *, vocab_size: int) -> dict[str, torch.Tenso
         return (torch.arange(length) * shape.examples_per_row // length + 1).expand(shape.rows, -1).contiguous()
 
     labels = ids(shape.target_tokens)
+    teacher = torch.randn(*labels.shape, vocab_size, generator=generator).log_softmax(dim=-1).topk(top_k, dim=-1)
     return {
         "source_ids_RS": ids(shape.source_tokens),
         "source_segments_RS": segments(shape.source_tokens),
@@ -89,6 +93,8 @@ def packed_batch(shape: BenchShape, *, vocab_size: int) -> dict[str, torch.Tenso
         "answer_weights_RT": torch.ones(labels.shape),
         "confidences_RT": torch.ones(labels.shape),
         "gold_tools_RS": torch.ones(shape.rows, shape.source_tokens, dtype=torch.int64),
+        "teacher_ids_RTK": teacher.indices,
+        "teacher_log_probs_RTK": teacher.values,
     }
 
 
@@ -97,14 +103,17 @@ def training_step(
 ) -> dict[str, Callable[[dict[str, torch.Tensor]], None]]:
     """The parts of a step, as the trainer does them: forward and backward, and the optimizer."""
 
+    share = torch.tensor(objective.mixing.at(HALFWAY))
+
     def sums(batch: dict[str, torch.Tensor], progress: torch.Tensor) -> dict[str, torch.Tensor]:
-        return objective.measure(batch, student=model, progress=progress, share=progress).sums
+        return objective.measure(batch, student=model, progress=progress, share=share).sums
 
     measure = torch.compile(sums) if compiled else sums
 
     def gradients(batch: dict[str, torch.Tensor]) -> None:
         counts = objective.counts(batch)
-        objective.total(measure(batch, torch.tensor(0.5)), counts, progress=0.5, part_frac=1.0).backward()
+        measured = measure(batch, torch.tensor(HALFWAY))
+        objective.total(measured, counts, progress=HALFWAY, part_frac=1.0).backward()
 
     def update(_: dict[str, torch.Tensor]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,16 +177,21 @@ def main(
     cfg: dict[str, Any],
     *,
     student: SimpleAttentionNetwork,
+    teacher_student: SimpleAttentionNetwork,
     loss: Loss,
+    mixing: Mixing,
     weighting: Weighting,
+    balance: Balance,
+    auxiliaries: Mapping[str, Any],
     optim: OptimSettings,
     batch: BenchShape,
+    top_k: Count,
     vocab_size: Count,
     threads: Count | None,
     compile: bool,
     warmup: Count,
     repeats: Count,
-    decode_tokens: Count,
+    decode_tokens: Annotated[int, Field(ge=0)],
     operations: Annotated[int, Field(ge=0)],
     output: Path | None,
 ) -> None:
@@ -195,26 +209,32 @@ def main(
         "compiled": compile,
         "sgemm_gflop_per_s": round(sgemm_gflops(repeats=20), 1),
     }
-    data = packed_batch(batch, vocab_size=codec.vocab_size)
+    data = packed_batch(batch, vocab_size=codec.vocab_size, top_k=top_k)
     tokens = batch.rows * (batch.source_tokens + batch.target_tokens)
+    needs = frozenset().union(loss.needs, *(term.needs for term in auxiliaries.values()))
+    if "top_k" not in needs:
+        data = {name: tensor for name, tensor in data.items() if not name.startswith("teacher_")}
     objective = Objective(
         loss=loss,
-        mixing=PURE,
+        mixing=mixing,
         weighting=weighting,
-        balance=Fixed(),
-        auxiliaries={},
+        balance=balance,
+        auxiliaries=auxiliaries,
         student=model,
-        teacher=None,
+        teacher=teacher_student.build(codec).eval().requires_grad_(False) if needs & NETWORK else None,
     )
-    optimizer = optim.build(model)
+    optimizer = optim.build(model, beside=objective)
     parts = training_step(model, optimizer, objective, compiled=compile)
     for name, part in parts.items():
         seconds = median_seconds(partial(part, data), warmup=warmup, repeats=repeats)
         figures[f"{name}_s"] = round(seconds, 4)
     figures["training_tokens_per_s"] = round(tokens / figures["whole_step_s"], 1)
+    # Of the whole process so far, torch itself included: differences between losses are what it is good for.
+    figures["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
     shares = time_by_operation(lambda: parts["whole_step"](data), shown=operations) if operations else {}
-    rate = decoding_rate(model.eval(), codec, new_tokens=decode_tokens, repeats=repeats)
-    figures["decoding_tokens_per_s"] = round(rate, 1)
+    if decode_tokens:
+        rate = decoding_rate(model.eval(), codec, new_tokens=decode_tokens, repeats=repeats)
+        figures["decoding_tokens_per_s"] = round(rate, 1)
     for name, value in figures.items():
         print(f"{name:28} {value}")
     if shares:
