@@ -24,7 +24,9 @@ def test_level_before_and_after_and_its_own_way_between(shape: str, halfway: flo
     assert [schedule.at(x) for x in (0.75, 1.0)] == [1.0, 1.0]
 
 
-@given(shape=st.sampled_from(["linear", "cosine"]), ends=st.tuples(fractions, fractions), xs=st.tuples(*[fractions] * 4))
+@given(
+    shape=st.sampled_from(["linear", "cosine"]), ends=st.tuples(fractions, fractions), xs=st.tuples(*[fractions] * 4)
+)
 def test_the_value_moves_one_way_and_stays_between_its_ends(shape: str, ends: tuple, xs: tuple):
     begin, end = sorted(xs[:2])
     schedule = Mixing(shape=shape, start=ends[0], end=ends[1], begin_frac=begin, end_frac=end)

@@ -21,7 +21,7 @@ from needle.data.packing import collate
 from needle.data.shards import About, Shard, ShardWriter
 from needle.decode import Decoder
 from needle.errors import ConfigError, DataError
-from needle.loss.divergences import forward_kl_topk
+from needle.loss import ForwardKL
 from needle.schema import Tool
 from needle.student import SANConfig, SANForConditionalGeneration, load, save
 from needle.teacher.base import FatalError, TeacherCall, TeacherReply
@@ -53,9 +53,8 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Shard:
     writer = ShardWriter()
     for i in range(13):
         tools, query, target = (rng.integers(5, PIECES, size=rng.integers(2, 25)).tolist() for _ in range(3))
-        writer.add(
-            str(i), [TOOLS, *tools, QUERY, *query], [*target, EOS], [0] * (len(target) + 1), About(kind=0, gold_tools=1)
-        )
+        about = About(kind=0, gold_tools=1, tools=1)
+        writer.add(str(i), [TOOLS, *tools, QUERY, *query], [*target, EOS], [0] * (len(target) + 1), about)
     folder = tmp_path_factory.mktemp("shard") / "train"
     writer.save(folder)
     return Shard.open(folder)
@@ -114,10 +113,13 @@ def test_the_teacher_as_student_of_its_own_signals_has_no_divergence(
 ):
     """Teacher, file layout, packing and loss fit together."""
     ids_XK, log_probs_XK = teacher_of(tmp_path).top_log_probs(model, shard, **ROWS, progress=lambda *_: None)
+    loss = ForwardKL(temperature=1.0, distribution="top_k", chunk_tokens=None)
     for index in range(len(shard)):
         place = slice(*shard.target_offsets[index : index + 2])
-        nats = forward_kl_topk(
-            student_log_probs_RTV=alone(model, shard, index, 1.0).unsqueeze(0),
+        student = alone(model, shard, index, 1.0).unsqueeze(0)
+        nats = loss(
+            student_logits_RTV=student,
+            labels_RT=student.argmax(dim=-1),
             teacher_ids_RTK=torch.from_numpy(ids_XK[place].astype(np.int64)).unsqueeze(0),
             teacher_log_probs_RTK=torch.from_numpy(log_probs_XK[place].copy()).unsqueeze(0),
         )
