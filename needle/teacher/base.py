@@ -20,6 +20,8 @@ from needle.schema import Tool, canonical_json
 CAPABILITIES = ("text", "samples", "top_k", "full_logits", "live", "features")
 # Those that speak of single tokens, and so of a tokenizer.
 TOKEN_CAPABILITIES = frozenset({"top_k", "full_logits", "live", "features"})
+# Of those, what a teacher may give over its own tokens: see `check_legal`.
+ALIGNABLE = frozenset({"top_k"})
 
 # label: calls for a request. author: requests with answers, or tools, as JSON.
 ROLES = ("label", "author")
@@ -187,7 +189,16 @@ def _tools_json(tools: Sequence[Tool]) -> str:
 def check_legal(
     *, loss_name: str, needs: Iterable[str], teacher_name: str, capabilities: Iterable[str], tokenizer: str
 ) -> None:
-    """Raises ConfigError with the legal routes when the loss needs what the teacher cannot give."""
+    """Which loss may learn from which teacher: the loss's needs must be among the teacher's capabilities, and those
+    that speak of tokens must come over the student's.
+
+    ALIGNABLE ones may come over the teacher's own tokens: needle.signals turns them into the student's, since stored
+    log-probabilities of an answer can be aligned with it byte by byte. Nothing else can: full logits and what a network
+    says of the student's own output are over whole vocabularies, batch by batch, and features over other positions.
+
+    Raises:
+        ConfigError: with the legal routes.
+    """
     needed, given = frozenset(needs), frozenset(capabilities)
     lacking = sorted(needed - given, key=CAPABILITIES.index)
     routes = {
@@ -204,9 +215,10 @@ def check_legal(
             f"loss={loss_name} needs {', '.join(lacking)}; teacher={teacher_name} gives {', '.join(sorted(given))}: "
             f"{routes[lacking[0]]}"
         )
-    foreign = sorted(needed & TOKEN_CAPABILITIES, key=CAPABILITIES.index)
+    foreign = sorted(needed & TOKEN_CAPABILITIES - ALIGNABLE, key=CAPABILITIES.index)
     if foreign and tokenizer != "student":
         raise ConfigError(
             f"loss={loss_name} needs {', '.join(foreign)} over the student's tokens; teacher={teacher_name} gives them "
-            f"over its own: {routes[foreign[0]]}"
+            f"over its own: use a loss over top_k, whose signals are aligned (`python -m needle.signals "
+            f"teacher={teacher_name}`), or teacher=checkpoint"
         )

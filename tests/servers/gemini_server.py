@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import math
 import random
 import re
 import signal
@@ -371,7 +372,12 @@ class Answer:
             log_prob = -round(self.rng.random() / 2, 4)
             total += log_prob
             chosen.append({"token": token, "tokenId": len(token), "logProbability": log_prob})
-            others = [{"token": f"alt{i}", "tokenId": i, "logProbability": log_prob - i - 1} for i in range(count - 1)]
+            # Each alternative has half of what is left; all that are told have less than 1 together.
+            rest = math.log(max(1e-6, 1 - math.exp(log_prob)))
+            others = [
+                {"token": f"alt{i}", "tokenId": i, "logProbability": rest - (i + 1) * math.log(2)}
+                for i in range(count - 1)
+            ]
             top.append({"candidates": [chosen[-1], *others]} if count else {})
         return {"topCandidates": top, "chosenCandidates": chosen, "logProbabilitySum": total}
 
