@@ -23,6 +23,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from needle.student.retrieval import RetrievalHead
 from needle.text.tokenizer import BOS, EOS, PAD, QUERY, TOOLS, TextCodec
 
 NORM_EPSILON = 1e-6
@@ -57,6 +58,7 @@ class SANConfig(PreTrainedConfig):
         lexical_match: bool = False,
         separator_id: int = -1,
         selective_read: bool = False,
+        retrieval_width: int = 0,
         dropout_frac: float = 0.0,
         **kwargs: Any,
     ):
@@ -76,6 +78,7 @@ class SANConfig(PreTrainedConfig):
         self.lexical_match = lexical_match
         self.separator_id = separator_id
         self.selective_read = selective_read
+        self.retrieval_width = retrieval_width
         self.dropout_frac = dropout_frac
         # Names that transformers' cache and generation code look for.
         self.hidden_size = width
@@ -111,6 +114,7 @@ class SimpleAttentionNetwork:
     copy_width: Annotated[int, Field(ge=8)]
     lexical_match: bool
     selective_read: bool
+    retrieval_width: Annotated[int, Field(ge=0)]
     dropout_frac: Annotated[float, Field(ge=0, lt=1)]
 
     def __post_init__(self) -> None:
@@ -287,6 +291,13 @@ class SANEncoderOutput(BaseModelOutput):
     source_ids: torch.LongTensor | None = None
 
 
+@dataclass
+class SANOutput(Seq2SeqLMOutput):
+    """`vocabulary_logits` [B, T, V]: the logits before the copy head's mixture; `logits` themselves without one."""
+
+    vocabulary_logits: torch.FloatTensor | None = None
+
+
 class CopyHead(nn.Module):
     """Pointer-generator mixture (See et al. 2017): log(g * p_vocabulary + (1 - g) * p_copy).
 
@@ -438,6 +449,8 @@ class SANPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(parameter)
         elif isinstance(module, Residual) and module.gate is not None:
             nn.init.zeros_(module.gate)
+        elif isinstance(module, RetrievalHead):
+            module.start()
 
 
 class SANEncoder(SANPreTrainedModel):
@@ -492,6 +505,11 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         self.copy_head = CopyHead(config) if config.copy else None
         self.lexical_match = LexicalMatch(config) if config.copy and config.lexical_match else None
         self.selective_read = SelectiveRead(config) if config.selective_read else None
+        self.retrieval_head = None
+        if config.retrieval_width:
+            # Last, and on a copy of the random state: the other weights are then those of a student without it.
+            with torch.random.fork_rng(devices=[]):
+                self.retrieval_head = RetrievalHead(width=config.width, retrieval_width=config.retrieval_width)
         self._share_heads()
         self.post_init()
 
@@ -525,7 +543,7 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         source_segments_BS: Tensor | None = None,
         target_segments_BT: Tensor | None = None,
         **_: Any,
-    ) -> Seq2SeqLMOutput:
+    ) -> SANOutput:
         """Logits [B, T, V] for the tokens after `decoder_input_ids`.
 
         Args:
@@ -572,7 +590,7 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         for layer in self.decoder_layers:
             x = layer(x, memory, self_mask, cross_mask, angles, past_key_values)
         x = self.norm(x)
-        logits = F.linear(x, self.embedding.weight)
+        logits = vocabulary_logits = F.linear(x, self.embedding.weight)
         if self.copy_head is not None:
             bias = None
             if self.lexical_match is not None:
@@ -583,8 +601,12 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100)
-        return Seq2SeqLMOutput(
-            loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=memory
+        return SANOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            encoder_last_hidden_state=memory,
+            vocabulary_logits=vocabulary_logits,
         )
 
 
