@@ -4,12 +4,16 @@
 
 Writes artifacts/shards-HASH: train/ and validation/ token arrays, tokenizer.json, and validation.jsonl, test.jsonl,
 unseen.jsonl, the fixed evaluation suites. Nothing of validation, test or unseen domains reaches the tokenizer or the
-training arrays.
+training arrays. With data.symbolic_examples above 0 there is symbolic/, for curricula; the tokenizer is not trained on
+it, so that a curriculum does not change how the others' texts are cut.
+
+A labelled corpus's answers.jsonl gives training examples their confidence, with data.answers=all also the teacher's
+other answers with their weights. What evaluates keeps its one recorded answer, weight and confidence 1.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,9 +22,11 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from needle import artifacts, config
+from needle.corpus.answers import read_answers
 from needle.corpus.mix import Mixer, evaluation
+from needle.corpus.symbolic import symbolic_examples
 from needle.data.packing import pack, padding_frac
-from needle.data.settings import DataSettings
+from needle.data.settings import DataSettings, TextSettings
 from needle.data.shards import GOLD_TOOLS_MAX, About, Shard, ShardWriter
 from needle.errors import ConfigError
 from needle.generate import corpus_folder
@@ -29,7 +35,7 @@ from needle.schema import EVALUATION_ONLY, KINDS, BadLine, Example, Tool, read_e
 from needle.text.render import Span, render_calls, render_query, render_tools
 from needle.text.tokenizer import TextCodec, train_tokenizer
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 EVALUATION_SPLITS = ("validation", "test", "unseen")
 
 
@@ -45,6 +51,9 @@ def shards_folder(paths: Paths, data: DataSettings) -> Path:
     tokenizer = artifacts.hash_file(Path(data.text.tokenizer) / "tokenizer.json") if data.text.tokenizer else None
     parts = {"corpus": corpus_folder(paths, data).name, "data": data, "tokenizer": tokenizer}
     parts["given"] = artifacts.hash_files(data.given)
+    # A bought corpus is named after its examples: the same ones may come with other answers and weights.
+    answers = Path(data.corpus) / "answers.jsonl"
+    parts["answers"] = artifacts.hash_file(answers) if answers.is_file() else None
     return paths.artifacts / f"shards-{artifacts.fingerprint(version=PREPARE_VERSION, **parts)}"
 
 
@@ -61,9 +70,9 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
     if not splits["train"]:
         raise ConfigError(f"data.split.domains={data.split.domains} leave no training request")
     given, refused = _given(data, corpus)
-    used = {domain: of_domain for domain, of_domain in tools.items() if data.split.uses(domain)}
-    mixer = Mixer(data, train=splits["train"], tools=used, given=given)
+    mixer = _mixer(data, corpus, splits["train"], tools, given)
     counts: dict[str, Any] = {"given": {"examples": len(given), "refused": len(refused)}}
+    counts["answers"] = _answer_counts(mixer, corpus)
     inputs = {"corpus": corpus.name, "tokenizer": str(data.text.tokenizer), "given": ", ".join(map(str, data.given))}
     with artifacts.publish(folder, kind="shards", inputs=inputs, counts=counts) as temporary:
         codec = _codec(data, mixer)
@@ -78,6 +87,9 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
         with ProcessPoolExecutor(workers) as pool:
             parts = pool.map(partial(_encode_training, mixer, codec, workers), range(workers))
             counts["train"] = _write(temporary / "train", [item for part in parts for item in part], data)
+            if data.symbolic_examples:
+                parts = pool.map(partial(_encode_symbolic, data, codec, workers), range(workers))
+                counts["symbolic"] = _write(temporary / "symbolic", [item for part in parts for item in part], data)
         encoded = [_encode(codec, example) for example in splits["validation"]]
         counts["validation"] |= _write(temporary / "validation", encoded, data)
         counts["kinds"] = dict(Counter(example.kind for example in (*splits["train"], *given)))
@@ -85,6 +97,40 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
         counts["vocabulary"] = codec.vocab_size
         counts["train"]["padding_frac"] = _padding(temporary / "train", data)
     print(f"shards: {folder}\n{json.dumps(counts, indent=2)}")
+
+
+def origins(split: str, *, shards: Path, paths: Paths, data: DataSettings) -> Iterator[tuple[Example, Example]]:
+    """Every example of a prepared split, train or an evaluation suite, beside the one of the corpus that it is a varied
+    copy of; copies of one come one after the other."""
+    corpus = corpus_folder(paths, data)
+    recorded = _read(corpus, split, data)
+    if split == "train":
+        given, _ = _given(data, corpus)
+        mixer = _mixer(data, corpus, recorded, _tools(corpus), given)
+        copies = ((copy, _answered(copy.id)) for copy in mixer.training(0, 1))
+        learnt = {example.id: mixer.answers(example) for example in (*given, *recorded)}
+        by_id = {(name, n): one.example for name, answers in learnt.items() for n, one in enumerate(answers)}
+    else:
+        copies = ((example, (example.id, 0)) for example in _read_all(shards, split))
+        by_id = {(example.id, 0): example for example in recorded}
+    yield from ((copy, by_id[name]) for copy, name in sorted(copies, key=lambda pair: pair[1]))
+
+
+def _answered(copy_id: str) -> tuple[str, int]:
+    """The request's id and the number of the answer, of a copy's id (see Mixer.copies)."""
+    name, _, copy = copy_id.rpartition("-")
+    return name, int(copy.partition(".")[2] or 0)
+
+
+def _mixer(
+    data: DataSettings,
+    corpus: Path,
+    train: Sequence[Example],
+    tools: Mapping[str, tuple[Tool, ...]],
+    given: Sequence[Example],
+) -> Mixer:
+    used = {domain: of_domain for domain, of_domain in tools.items() if data.split.uses(domain)}
+    return Mixer(data, train=train, tools=used, given=given, told=read_answers(corpus / "answers.jsonl"))
 
 
 def _tools(corpus: Path) -> dict[str, tuple[Tool, ...]]:
@@ -122,6 +168,29 @@ def _given(data: DataSettings, corpus: Path) -> tuple[list[Example], list[BadLin
     return kept, refused
 
 
+def _answer_counts(mixer: Mixer, corpus: Path) -> dict[str, Any]:
+    """Of the training requests: how many the teacher answered in several usable ways, how many answers are used and
+    left out as unusable, and the mean confidence.
+
+    Raises:
+        ConfigError: data.answers=all, and no request has any answer but the recorded one.
+    """
+    told = [mixer.told[example.id] for example in mixer.train if example.id in mixer.told]
+    if mixer.settings.answers == "all" and not any(one.answers for one in told):
+        raise ConfigError(
+            f"data.answers=all: {corpus} tells of no sampled answer to any of the {len(mixer.train):,} training "
+            "requests; label them first (needle.generate role=label role.samples=8) and set data.corpus to what comes "
+            "of it, or set data.answers=first"
+        )
+    learnt = [mixer.answers(example) for example in mixer.train]
+    several = [answers for answers in learnt if len(answers) > 1]
+    counts: dict[str, Any] = {"requests_with_several": len(several), "used": sum(map(len, learnt))}
+    if mixer.settings.answers == "all":
+        counts["left_out"] = sum(max(1, len(one.answers)) for one in told) + len(learnt) - len(told) - counts["used"]
+    confidences = [answers[0].confidence for answers in learnt]
+    return counts | {"confidence_mean": round(sum(confidences) / len(confidences), 6)}
+
+
 def _codec(data: DataSettings, mixer: Mixer) -> TextCodec:
     if data.text.tokenizer is not None:
         codec = TextCodec.load(data.text.tokenizer)
@@ -141,31 +210,55 @@ def _texts(data: DataSettings, mixer: Mixer) -> Iterator[str]:
         yield from (text for text, span in render_calls(example.calls, example.tools) if span != Span.STRUCTURE)
 
 
-def _encode(codec: TextCodec, example: Example) -> Encoded:
+def _encode(codec: TextCodec, example: Example, *, answer_weight: float = 1.0, confidence: float = 1.0) -> Encoded:
     called = {call.name for call in example.calls}
     gold = sum(1 << place for place, tool in enumerate(example.tools[:GOLD_TOOLS_MAX]) if tool.name in called)
     source = codec.encode_prompt(example.query, example.tools)
     target, spans = codec.encode_target(example.calls, example.tools)
-    return Encoded(example.id, source, target, spans, About(KINDS.index(example.kind), gold))
+    about = About(KINDS.index(example.kind), gold, len(example.tools), answer_weight, confidence)
+    return Encoded(example.id, source, target, spans, about)
 
 
 def _encode_training(mixer: Mixer, codec: TextCodec, parts: int, part: int) -> list[Encoded]:
-    return [_encode(codec, example) for example in mixer.training(part, parts)]
+    text = mixer.settings.text
+    encoded: list[Encoded] = []
+    for answers in mixer.copies(part, parts):
+        of_copy = [
+            _encode(codec, one.example, answer_weight=one.answer_weight, confidence=one.confidence) for one in answers
+        ]
+        # What is too long is left out, and the answers that stay share its weight.
+        staying = [e.about.answer_weight for e in of_copy if not _is_too_long(e, text)]
+        scale = 1 / sum(staying) if 0 < len(staying) < len(of_copy) else 1.0
+        for item in of_copy:
+            weight = min(1.0, item.about.answer_weight * scale)
+            encoded.append(item._replace(about=item.about._replace(answer_weight=weight)))
+    return encoded
+
+
+def _encode_symbolic(data: DataSettings, codec: TextCodec, parts: int, part: int) -> list[Encoded]:
+    """As many tools are shown as training examples may show."""
+    count, tools_max = data.symbolic_examples, data.augment.tools_max
+    examples = symbolic_examples(count=count, tools_max=tools_max, seed=data.seed, part=part, parts=parts)
+    return [_encode(codec, example) for example in examples]
+
+
+def _is_too_long(item: Encoded, text: TextSettings) -> bool:
+    return len(item.source) > text.max_source_tokens or len(item.target) > text.max_target_tokens
 
 
 def _write(folder: Path, encoded: Sequence[Encoded], data: DataSettings) -> dict[str, Any]:
     """Writes what fits; what is too long is counted, with the longest, so that the limits can be chosen."""
     writer = ShardWriter()
-    limit_S, limit_T = data.text.max_source_tokens, data.text.max_target_tokens
     too_long = 0
     for item in encoded:
-        if len(item.source) > limit_S or len(item.target) > limit_T:
+        if _is_too_long(item, data.text):
             too_long += 1
         else:
             writer.add(*item)
     if not len(writer):
         raise ConfigError(
-            f"no example has at most data.text.max_source_tokens={limit_S} and max_target_tokens={limit_T} tokens"
+            f"no example has at most data.text.max_source_tokens={data.text.max_source_tokens} and "
+            f"max_target_tokens={data.text.max_target_tokens} tokens"
         )
     longest = {
         "longest_source": max(len(e.source) for e in encoded),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from needle.corpus.answers import Told, Weighed, usable, vary_together
 from needle.corpus.distractors import ToolPool, show_tools
 from needle.corpus.values import ValuePool
 from needle.schema import Example, Tool
@@ -22,7 +23,8 @@ def generator(*parts: object) -> np.random.Generator:
 
 
 class Mixer:
-    """Draws examples; `train` and `tools` are of the seen domains of the slice, `given` brings its own tools."""
+    """Draws examples; `train` and `tools` are of the seen domains of the slice, `given` brings its own tools. `told`:
+    what the teacher's samples say of `train`, by example id."""
 
     def __init__(
         self,
@@ -31,22 +33,45 @@ class Mixer:
         train: Sequence[Example],
         tools: Mapping[str, Sequence[Tool]],
         given: Sequence[Example] = (),
+        told: Mapping[str, Told] | None = None,
     ):
         self.settings = settings
         self.train, self.given = train, given
         self.seen = {d: t for d, t in tools.items() if d not in settings.split.unseen_domains}
         self.tools = ToolPool(self.seen) if self.seen else None
         self.values, self.given_values = ValuePool(train), ValuePool(given)
+        self.told = told or {}
+        self._usable: dict[str, list[Weighed]] = {}
 
     def training(self, part: int, parts: int) -> Iterator[Example]:
-        """Every `parts`-th training example, from number `part`; copy k of a request depends on (seed, request, k)."""
+        """Every training example of `copies`."""
+        return (one.example for answers in self.copies(part, parts) for one in answers)
+
+    def copies(self, part: int, parts: int) -> Iterator[list[Weighed]]:
+        """The answers to every `parts`-th copy of a request, from number `part`; copy k of a request depends on (seed,
+        request, k). One answer, or with data.answers=all every one that the teacher gave: then for the same words and
+        tools, weights adding up to 1."""
         recorded = product(range(self.settings.copies_per_request), self.train, [self.tools], [self.values])
         given = product(range(self.settings.given_copies), self.given, [None], [self.given_values])
         for copy, example, pool, values in islice(chain(recorded, given), part, None, parts):
             rng = generator(self.settings.seed, example.id, copy)
             tools = pool if pool is not None and has_pool(example, self.seen) else None
-            varied = self.settings.augment(example, rng=rng, tools=tools, values=values)
-            yield varied.replace(id=f"{example.id}-{copy}", split="train")
+            varied = vary_together(
+                self.answers(example), augment=self.settings.augment, rng=rng, tools=tools, values=values
+            )
+            for number, one in enumerate(varied):
+                name = f"{example.id}-{copy}" + (f".{number}" if number else "")
+                varied[number] = one._replace(example=one.example.replace(id=name, split="train"))
+            yield varied
+
+    def answers(self, example: Example) -> list[Weighed]:
+        """What is learnt for a request, before it is varied."""
+        told = self.told.get(example.id)
+        if self.settings.answers == "all":
+            if example.id not in self._usable:  # every copy asks, and schemas are slow to check
+                self._usable[example.id] = usable(example, told, self.seen)
+            return self._usable[example.id]
+        return [Weighed(example, 1.0, 1.0 if told is None else told.confidence)]
 
 
 def has_pool(example: Example, tools: Mapping[str, Sequence[Tool]]) -> bool:

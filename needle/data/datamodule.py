@@ -4,6 +4,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from needle.data.curriculum import Curriculum
 from needle.data.packing import PackedBatches, collate, pack
 from needle.data.shards import Shard
 
@@ -27,13 +28,21 @@ class ValidationBatches(torch.utils.data.Dataset):
 
 
 class PackedData(pl.LightningDataModule):
-    """The train stream, resumable (see PackedBatches), and the validation set."""
+    """The train stream, resumable (see PackedBatches), and the validation set.
+
+    `symbolic`: what the curriculum's phases mix in; None where it asks for none.
+
+    Raises:
+        ConfigError: a phase of the curriculum chooses no example.
+    """
 
     def __init__(
         self,
         *,
         train: Shard,
         validation: Shard,
+        symbolic: Shard | None,
+        curriculum: Curriculum,
         rows_per_batch: int,
         source_row_tokens: int,
         target_row_tokens: int,
@@ -44,7 +53,13 @@ class PackedData(pl.LightningDataModule):
         self.train, self.validation, self.rows_per_batch = train, validation, rows_per_batch
         self.shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
         self.stream = PackedBatches(
-            train, rows_per_batch=rows_per_batch, window_examples=window_examples, seed=seed, **self.shape
+            train,
+            rows_per_batch=rows_per_batch,
+            window_examples=window_examples,
+            seed=seed,
+            stretches=curriculum.stretches(train, symbolic),
+            beside=symbolic,
+            **self.shape,
         )
 
     def train_dataloader(self) -> PackedBatches:

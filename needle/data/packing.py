@@ -6,12 +6,14 @@ shuffled examples keeps the order random while padding stays at a few percent.
 
 # R rows, S source row tokens, T target row tokens, K stored teacher tokens
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from needle.data.curriculum import Stretch
 from needle.data.shards import Shard
 from needle.text.tokenizer import BOS, PAD
 
@@ -54,9 +56,15 @@ def pack(
 
 
 def collate(
-    shard: Shard, rows: Sequence[Sequence[int]], *, source_row_tokens: int, target_row_tokens: int
+    shard: Shard,
+    rows: Sequence[Sequence[int]],
+    *,
+    source_row_tokens: int,
+    target_row_tokens: int,
+    beside: Shard | None = None,
 ) -> dict[str, Tensor]:
-    """A batch of packed rows.
+    """A batch of packed rows. Indices from len(shard) on are examples of `beside`; where `shard` has signals and
+    `beside` has none, its tokens get log-probabilities of -inf throughout: the teacher says nothing there.
 
     Returns:
         source_ids_RS, source_segments_RS, decoder_ids_RT, target_segments_RT, labels_RT (-100 for padding), spans_RT;
@@ -76,21 +84,24 @@ def collate(
         teacher_log_probs = np.zeros((*shape_T, signals.ids_XK.shape[1]), np.float32)
     for r, row in enumerate(rows):
         s = t = 0
-        for segment, index in enumerate(row, 1):
-            source_slice = slice(*shard.source_offsets[index : index + 2])
-            target_slice = slice(*shard.target_offsets[index : index + 2])
-            tokens, answer = shard.source[source_slice], shard.target[target_slice]
+        for segment, number in enumerate(row, 1):
+            of, index = (shard, number) if beside is None or number < len(shard) else (beside, number - len(shard))
+            source_slice = slice(*of.source_offsets[index : index + 2])
+            target_slice = slice(*of.target_offsets[index : index + 2])
+            tokens, answer = of.source[source_slice], of.target[target_slice]
             s_end, t_end = s + len(tokens), t + len(answer)
             source[r, s:s_end], source_segments[r, s:s_end] = tokens, segment
             decoder[r, t], decoder[r, t + 1 : t_end] = BOS, answer[:-1]
             labels[r, t:t_end], target_segments[r, t:t_end] = answer, segment
-            spans[r, t:t_end] = shard.spans[target_slice]
-            kinds[r, t:t_end], gold_tools[r, s:s_end] = shard.kind[index], shard.gold_tools[index]
-            answer_weights[r, t:t_end] = shard.answer_weight[index]
-            confidences[r, t:t_end] = shard.confidence[index]
-            if signals is not None:
-                teacher_ids[r, t:t_end] = signals.ids_XK[target_slice]
-                teacher_log_probs[r, t:t_end] = signals.log_probs_XK[target_slice]
+            spans[r, t:t_end] = of.spans[target_slice]
+            kinds[r, t:t_end], gold_tools[r, s:s_end] = of.kind[index], of.gold_tools[index]
+            answer_weights[r, t:t_end] = of.answer_weight[index]
+            confidences[r, t:t_end] = of.confidence[index]
+            if signals is not None and of.signals is not None:
+                teacher_ids[r, t:t_end] = of.signals.ids_XK[target_slice]
+                teacher_log_probs[r, t:t_end] = of.signals.log_probs_XK[target_slice]
+            elif signals is not None:
+                teacher_log_probs[r, t:t_end] = -np.inf
             s, t = s_end, t_end
     batch = {
         "source_ids_RS": source,
@@ -123,7 +134,9 @@ class PackedBatches:
     """An endless, seeded stream of packed batches that can continue where it was.
 
     Epoch e is a permutation of the examples that depends on (seed, e) only, packed window by window; a stream that
-    starts at batch n yields exactly what one from the beginning yields after n batches.
+    starts at batch n yields exactly what one from the beginning yields after n batches. With `stretches` (see
+    Curriculum) each has epochs of its own, and rows that fill no batch at its end are left out; indices of theirs from
+    len(shard) on are examples of `beside`.
     """
 
     def __init__(
@@ -135,11 +148,18 @@ class PackedBatches:
         target_row_tokens: int,
         window_examples: int,
         seed: int,
+        stretches: Sequence[Stretch] = (),
+        beside: Shard | None = None,
     ):
         if len(shard) == 0:
             raise ValueError("a shard without examples gives no batches")
         self.shard, self.rows_per_batch, self.window_examples, self.seed = shard, rows_per_batch, window_examples, seed
         self.shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
+        self.stretches, self.beside = tuple(stretches) or (Stretch.whole(shard),), beside
+        self.source_lengths_N, self.target_lengths_N = shard.source_lengths_N, shard.target_lengths_N
+        if beside is not None:
+            self.source_lengths_N = np.concatenate([self.source_lengths_N, beside.source_lengths_N])
+            self.target_lengths_N = np.concatenate([self.target_lengths_N, beside.target_lengths_N])
         self.rank, self.ranks = 0, 1
         self.first_batch = 0
 
@@ -151,26 +171,38 @@ class PackedBatches:
         """Makes the next iteration begin with batch number `batch`, counted from 0."""
         self.first_batch = batch
 
-    def rows_of_epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self.seed, epoch])
-        order_N = rng.permutation(len(self.shard))
-        source_N, target_N = self.shard.source_lengths_N, self.shard.target_lengths_N
+    def rows_of_epoch(self, epoch: int, *, place: int = -1) -> list[list[int]]:
+        """Of the stretch at `place`; of the last one where nothing is said."""
+        stretch = self.stretches[place]
+        rng = stretch.generator(self.seed, epoch)
+        order_N = stretch.order(rng, seed=self.seed, epoch=epoch)
         rows: list[list[int]] = []
         for start in range(0, len(order_N), self.window_examples):
             window = order_N[start : start + self.window_examples]
-            packed = pack(source_N[window], target_N[window], **self.shape)
+            packed = pack(self.source_lengths_N[window], self.target_lengths_N[window], **self.shape)
             rows += [[int(window[i]) for i in packed[j]] for j in rng.permutation(len(packed))]
         return rows
 
-    def __iter__(self):
-        skip, epoch = self.first_batch, 0
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        skip = self.first_batch
+        for place, stretch in enumerate(self.stretches):
+            if stretch.batches is not None and skip >= stretch.batches:
+                skip -= stretch.batches
+                continue
+            left = None if stretch.batches is None else stretch.batches - skip
+            for rows in islice(self._batches(place, skip), left):
+                yield collate(self.shard, rows[self.rank :: self.ranks], **self.shape, beside=self.beside)
+            skip = 0
+
+    def _batches(self, place: int, skip: int) -> Iterator[list[list[int]]]:
+        """A stretch's batches without end, as rows, from number `skip`."""
+        epoch = 0
         carried: list[list[int]] = []
         while True:
-            rows = carried + self.rows_of_epoch(epoch)
+            rows = carried + self.rows_of_epoch(epoch, place=place)
             whole = len(rows) // self.rows_per_batch
             for b in range(min(skip, whole), whole):
-                batch = rows[b * self.rows_per_batch : (b + 1) * self.rows_per_batch]
-                yield collate(self.shard, batch[self.rank :: self.ranks], **self.shape)
+                yield rows[b * self.rows_per_batch : (b + 1) * self.rows_per_batch]
             skip -= min(skip, whole)
             carried = rows[whole * self.rows_per_batch :]
             epoch += 1

@@ -40,12 +40,16 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`corpus`: folder of the recorded teacher's files. `given`: JSONL files of examples with their tools, which join
-    the training examples."""
+    """`corpus`: folder of the recorded teacher's files. `answers`: which of a teacher's samples a training request is
+    learnt from: the first (the commonest, the recorded one), or all, each an example of its own that is weighed by its
+    share. `given`: JSONL files of examples with their tools, which join the training examples. `symbolic_examples`:
+    how many a curriculum may mix in (needle.corpus.symbolic)."""
 
     corpus: Path
+    answers: Literal["first", "all"]
     given: tuple[Path, ...]
     given_copies: Count
+    symbolic_examples: Annotated[int, Field(ge=0)]
     split: SplitRule
     augment: Augment
     evaluation: EvaluationSettings

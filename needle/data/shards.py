@@ -24,17 +24,29 @@ class About(NamedTuple):
     """What a loss may want to know of a whole example.
 
     kind: index into schema.KINDS. gold_tools: bit i is set where the answer calls the prompt's tool i, of its first
-    GOLD_TOOLS_MAX. answer_weight: the answer's share among the teacher's samples for this request, above 0 to 1.
-    confidence: the teacher's, 0 to 1.
+    GOLD_TOOLS_MAX. tools: how many the prompt shows. answer_weight: the answer's share among the teacher's samples for
+    this request, above 0 to 1. confidence: the teacher's, 0 to 1.
     """
 
     kind: int
     gold_tools: int
+    tools: int
     answer_weight: float = 1.0
     confidence: float = 1.0
 
 
-ABOUT_TYPES = {"kind": np.uint8, "gold_tools": np.int64, "answer_weight": np.float32, "confidence": np.float32}
+ABOUT_TYPES = {
+    "kind": np.uint8,
+    "gold_tools": np.int64,
+    "tools": np.uint16,
+    "answer_weight": np.float32,
+    "confidence": np.float32,
+}
+
+
+def example_key(name: str) -> int:
+    """What keys.npy holds of an example of this id."""
+    return int.from_bytes(hashlib.sha1(name.encode()).digest()[:8], "little")
 
 
 class ShardWriter:
@@ -54,7 +66,7 @@ class ShardWriter:
         self._sources.append(np.asarray(source, dtype=np.uint16))
         self._targets.append(np.asarray(target, dtype=np.uint16))
         self._spans.append(np.asarray(spans, dtype=np.uint8))
-        self._keys.append(int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "little"))
+        self._keys.append(example_key(key))
         self._about.append(about)
 
     def save(self, folder: Path) -> dict[str, int]:
@@ -98,6 +110,7 @@ class Shard:
     target_offsets: np.ndarray
     kind: np.ndarray
     gold_tools: np.ndarray
+    tools: np.ndarray
     answer_weight: np.ndarray
     confidence: np.ndarray
     signals: Signals | None = None

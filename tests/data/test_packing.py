@@ -23,7 +23,7 @@ K = 3
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=30)
 
-ABOUT = About(kind=0, gold_tools=1)
+ABOUT = About(kind=0, gold_tools=1, tools=1)
 
 
 def shard_of(lengths: list[tuple[int, int]], *, signals: bool = False) -> Shard:
@@ -42,6 +42,7 @@ def shard_of(lengths: list[tuple[int, int]], *, signals: bool = False) -> Shard:
         target_offsets=np.cumsum([0, *target_N]),
         kind=(np.arange(len(lengths)) % 9).astype(np.uint8),
         gold_tools=1 + np.arange(len(lengths), dtype=np.int64),
+        tools=(1 + np.arange(len(lengths)) % 5).astype(np.uint16),
         answer_weight=1 / (1 + np.arange(len(lengths), dtype=np.float32)),
         confidence=np.linspace(0, 1, len(lengths), dtype=np.float32),
         signals=stored,

@@ -16,7 +16,8 @@ encoded = st.lists(st.tuples(tokens, tokens), max_size=6)
 
 def about(i: int) -> About:
     """Values that float32 holds exactly."""
-    return About(kind=i % 9, gold_tools=1 << (i * 11 % GOLD_TOOLS_MAX), answer_weight=1 / 2**i, confidence=i / 8)
+    gold_tools = 1 << (i * 11 % GOLD_TOOLS_MAX)
+    return About(kind=i % 9, gold_tools=gold_tools, tools=300 * i, answer_weight=1 / 2**i, confidence=i / 8)
 
 
 def write(folder: Path, examples: list[tuple[list[int], list[int]]]) -> dict[str, int]:
