@@ -1,11 +1,14 @@
 # Needle's pipeline, a target for each stage. Variables:
 #   ARGS="loss=forward_kl seed=1"   settings for the stage (Hydra overrides)
+#   LOSS=reverse_kl RUN=FOLDER      what `make doctor` looks at
 #   PYTHON=python3.12               interpreter of a new .venv, 3.11 or newer
 #   TORCH_INDEX=URL                 index that holds another torch build, for a new .venv
 #   PYTEST_ARGS="-x tests/loss"     what `make test` passes to pytest
 
 PYTHON ?= python3
 ARGS ?=
+LOSS ?=
+RUN ?=
 TORCH_INDEX ?=
 # Two workers with one thread each: more threads contend for the same cores and are slower.
 PYTEST_ARGS ?= -n 2 --dist worksteal
@@ -23,7 +26,7 @@ DEMO := paths.runs=runs/demo
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate prepare teacher signals train score report demo test lint types bench bench-losses bench-teacher prove lock clean
+.PHONY: help setup generate prepare teacher signals train score calibrate report demo test lint types doctor bench bench-losses bench-teacher prove lock clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,6 +68,9 @@ train: setup ## Train a student
 score: setup ## Score a trained student: make score ARGS=run=runs/train/NAME
 	$(BIN)/python -m needle.score $(ARGS)
 
+calibrate: setup ## Fit a confidence head: make calibrate ARGS=checkpoint=runs/train/NAME
+	$(BIN)/python -m needle.calibrate $(ARGS)
+
 report: setup ## Compare scored runs in tables and figures
 	$(BIN)/python -m needle.report $(ARGS)
 
@@ -89,6 +95,10 @@ lint: setup ## Check style and formatting
 
 types: setup ## Check types
 	$(BIN)/pyright
+
+doctor: setup ## Check a loss or a run: make doctor LOSS=reverse_kl, or RUN=runs/train/NAME
+	$(BIN)/python -m needle.doctor $(if $(LOSS),$(if $(findstring .,$(LOSS)),target,loss)=$(LOSS)) \
+		$(if $(RUN),run=$(RUN)) $(ARGS)
 
 bench: setup ## Measure training and decoding speed on this machine
 	$(BIN)/python -m needle.bench $(ARGS)

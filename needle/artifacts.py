@@ -131,12 +131,17 @@ def require(folder: Path, *, kind: str, command: str) -> dict[str, Any]:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Writes beside `path`, flushes, renames. Raises UserError when the disk is full."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """As `write_text_atomic`."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import shlex
 import signal
 import sys
 import typing
@@ -32,6 +33,8 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 TARGET_PACKAGES = ("needle", "torch", "pytorch_lightning", "transformers")
 RESERVED = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 INTERRUPTED = 130
+# Groups of which a list of options is chosen, and the node that holds the options' nodes under their names.
+LISTED = {"auxiliary": "auxiliaries"}
 
 
 def check(cfg: DictConfig | Mapping[str, Any], stage: Callable[..., Any]) -> None:
@@ -93,6 +96,7 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
                 built = build_settings(plain, function)
                 runtime = HydraConfig.get()
                 choices = {g: o for g, o in runtime.runtime.choices.items() if not g.startswith("hydra")}
+                choices |= listed_choices(plain)  # Hydra does not tell them
                 whole = {**plain, "_choices_": choices, "_overrides_": list(runtime.overrides.task)}
                 function(whole, **built)
             except UserError as error:
@@ -122,13 +126,18 @@ def build_settings(plain: Mapping[str, Any], stage_function: Callable[..., Any])
     return built
 
 
+def listed_choices(plain: Mapping[str, Any]) -> dict[str, str]:
+    """Group -> its options as an override lists them: auxiliary -> "[hidden_states,attention_relations]"."""
+    return {group: f"[{','.join(plain[node])}]" for group, node in LISTED.items() if node in plain}
+
+
 def as_overrides(cfg: Mapping[str, Any], *groups: str) -> str:
-    """The command-line words that choose the same options of these groups again."""
+    """The command-line words that choose the same options of these groups again, quoted for a shell."""
     chosen = [f"{group}={cfg['_choices_'][group]}" for group in groups if cfg["_choices_"].get(group)]
-    own = [
-        o for o in cfg["_overrides_"] if o.lstrip("+~").split(".")[0].split("=")[0] in groups and "." in o.split("=")[0]
-    ]
-    return " ".join([*chosen, *own])
+    nodes = {LISTED.get(group, group) for group in groups}
+    keys = {override: override.lstrip("+~").split("=")[0] for override in cfg["_overrides_"]}
+    own = [override for override, key in keys.items() if "." in key and key.split(".")[0] in nodes]
+    return shlex.join([*chosen, *own])
 
 
 def _leave(message: str, status: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from needle.loss.base import IGNORE
 from needle.loss.objective import TOKENS, Measured, Objective
 from needle.optim import OptimSettings
+from needle.rollouts import Rollouts, with_rows
 from needle.runs import Run
 from needle.text.render import Span
 
@@ -54,7 +55,8 @@ class TrainerSettings:
 
 
 class Distillation(pl.LightningModule):
-    """Trains `student` on packed batches; writes history.jsonl itself, so that a run is readable without any logger."""
+    """Trains `student` on packed batches; writes history.jsonl itself, so that a run is readable without any logger.
+    `rollouts`: what replaces batches by the student's own answers; None where every step learns from the data."""
 
     def __init__(
         self,
@@ -64,11 +66,12 @@ class Distillation(pl.LightningModule):
         optim: OptimSettings,
         settings: TrainerSettings,
         run: Run,
+        rollouts: Rollouts | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.student, self.objective = student, objective
-        self.optim, self.settings, self.run = optim, settings, run
+        self.optim, self.settings, self.run, self.rollouts = optim, settings, run, rollouts
         self.tokens_seen = self.steps_done = 0
         self.last_loss_nats = float("nan")
         self.seconds_before = 0.0
@@ -95,7 +98,9 @@ class Distillation(pl.LightningModule):
         factor = self.optim.rate_at(self.global_step, total_steps=self.settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
-        progress, share = self.progress, self.objective.mixing.at(self.progress)
+        batch, on_policy = self._on_policy(batch)
+        # The labels of an on-policy batch are the student's own tokens: nothing is learnt from them.
+        progress, share = self.progress, 1.0 if on_policy else self.objective.mixing.at(self.progress)
         # Under DDP gradients are averaged over ranks, so each rank divides by the mean count of all ranks.
         counts = {name: self._mean_over_ranks(count) for name, count in self.objective.counts(batch).items()}
         parts = []
@@ -117,7 +122,20 @@ class Distillation(pl.LightningModule):
             (batch["source_segments_RS"] > 0).sum() + (batch["target_segments_RT"] > 0).sum()
         )
         if self.global_step % self.settings.log_every_steps == 0 or self.global_step == self.settings.steps:
-            self._record_step(whole, batch, weights, counts, norm=float(norm), factor=factor, share=share)
+            told = {"norm": float(norm), "factor": factor, "share": share, "on_policy": on_policy}
+            self._record_step(whole, batch, weights, counts, **told)
+
+    def _on_policy(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+        if self.rollouts is None:
+            return batch, False
+        batch, on_policy = self.rollouts.replace(
+            batch, step=self.global_step, progress=self.progress, rank=self.trainer.global_rank
+        )
+        if self.trainer.world_size > 1:
+            # Gradients meet after every micro-batch: each rank must have as many as the one with most rows.
+            rows = self.all_gather(torch.tensor(len(batch["labels_RT"]), device=self.device))
+            batch = with_rows(batch, int(rows.max()))
+        return batch, on_policy
 
     def _mean_over_ranks(self, count: Tensor) -> Tensor:
         return self.all_gather(count).float().mean() if self.trainer.world_size > 1 else count
@@ -132,6 +150,7 @@ class Distillation(pl.LightningModule):
         norm: float,
         factor: float,
         share: float,
+        on_policy: bool,
     ) -> None:
         means = {name: float(total / counts[name].clamp_min(1e-9)) for name, total in measured.sums.items()}
         if not all(map(math.isfinite, means.values())):
@@ -144,6 +163,10 @@ class Distillation(pl.LightningModule):
         record |= _by_span(measured.nats_RT, batch) | {f"auxiliary_{name}": mean for name, mean in means.items()}
         if self.objective.distils:
             record["mixing_share"] = share
+        if self.rollouts is not None:
+            record |= {"rollout": float(on_policy), **self.rollouts.record()}
+            if on_policy:
+                del record["label_nats"]  # it would be the student's surprise at its own words
         self._record({f"train/{name}": value for name, value in record.items()})
 
     def on_validation_epoch_start(self) -> None:
@@ -165,6 +188,8 @@ class Distillation(pl.LightningModule):
         record["token_exact_frac"] = float(right[kept].float().mean())
         record["call_forced_exact_frac"] = _whole_examples_right(right, whole["target_segments_RT"], kept)
         self._record({f"val/{name}": value for name, value in record.items()})
+        if self.rollouts is not None and not self.trainer.sanity_checking:
+            self.rollouts.validated(record["loss_nats"])
 
     def _record(self, values: dict[str, float]) -> None:
         if not self.trainer.is_global_zero or self.trainer.sanity_checking:
@@ -180,11 +205,22 @@ class Distillation(pl.LightningModule):
             "seconds": self.seconds(),
             "rng_state": torch.get_rng_state(),
         }
+        if self.rollouts is not None:
+            checkpoint["needle"]["rollouts"] = self._over_ranks(self.rollouts.state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["needle"]
         self.tokens_seen, self.seconds_before = state["tokens_seen"], state["seconds"]
         torch.set_rng_state(state["rng_state"])
+        if self.rollouts is not None:
+            self.rollouts.load(state["rollouts"][self.trainer.global_rank])
+
+    def _over_ranks(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's, in their order; every rank asks, one writes."""
+        gathered = [own] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(gathered, own)
+        return gathered
 
 
 def _detached(measured: Measured) -> Measured:

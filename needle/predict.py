@@ -5,6 +5,10 @@
 A line `{"id", "query", "tools"}` becomes `{"id", "calls", "confidence"}`, in the same order; a line that cannot be
 answered becomes `{"id", "error"}`, and the exit status is 1 when there was one. Tools are JSON Schema, bare or in
 OpenAI's wrapping. `-` is standard input or output. The output appears under its name when it is whole.
+
+`confidence`, 0 to 1, is how likely the answer is to be right as a whole where needle.calibrate has fitted a head to the
+student. Without a head, and with constrained=false (heads are fitted on constrained answers), it is the student's own
+probability of the answer: it ranks answers, but it is calibrated to nothing.
 """
 
 import json

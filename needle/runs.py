@@ -129,16 +129,21 @@ def claim(root: Path, *, stage: str, name: str, cfg: dict[str, Any], inputs: dic
     return Run(folder)
 
 
+def existing(folder: Path) -> Run:
+    """Raises DataError when the folder is no run's."""
+    folder = Path(folder)
+    if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
+        raise DataError(f"{folder} is not a run's folder: run.json and config.yaml are not both there")
+    return Run(folder)
+
+
 def reopen(folder: Path) -> Run:
     """A run that can be continued, untouched as yet.
 
     Raises:
         DataError: the folder is no run's, or the run is finished.
     """
-    folder = Path(folder)
-    if not (folder / "run.json").is_file() or not (folder / "config.yaml").is_file():
-        raise DataError(f"{folder} is not a run's folder: run.json and config.yaml are not both there")
-    run = Run(folder)
+    run = existing(folder)
     if run.record["status"] == "finished":
         raise DataError(f"{folder} is finished: there is nothing to continue")
     return run

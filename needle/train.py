@@ -26,21 +26,26 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from needle import artifacts, config
 from needle.checkpoints import AtomicCheckpoints, newest_checkpoint, step_of
+from needle.data.curriculum import Curriculum
 from needle.data.datamodule import PackedData
 from needle.data.settings import DataSettings
 from needle.data.shards import Shard
 from needle.decode import Decoder
 from needle.distil import Distillation, TrainerSettings
 from needle.errors import ConfigError, DataError
-from needle.loss import AuxiliarySettings, Loss, Mixing, Weighting
+from needle.loss import AuxiliarySettings, Contrastive, Loss, Mixing, Weighting
 from needle.loss.balance import Balance
 from needle.loss.objective import NETWORK, Objective
 from needle.optim import OptimSettings
 from needle.prepare import shards_folder
 from needle.progress import Progress
+from needle.quantise import Quantisation
+from needle.rollouts import Rollouts, RolloutSettings, Scorer
+from needle.rollouts import check_legal as check_rollouts
 from needle.runs import Paths, Run, claim, reopen
 from needle.schema import canonical_json, read_examples
 from needle.student import SANForConditionalGeneration, SimpleAttentionNetwork, load, save
+from needle.teacher.aligned import Alignment, check_alignment, signals_folder, stored_temperature
 from needle.teacher.base import Teacher, check_legal
 from needle.text.tokenizer import TextCodec
 from needle.tracking import Tracking
@@ -52,14 +57,18 @@ class Settings:
 
     name: str
     teacher: Any
+    alignment: Alignment
     data: DataSettings
+    curriculum: Curriculum
     student: SimpleAttentionNetwork
     loss: Any
     mixing: Mixing
     weighting: Weighting
     balance: Any
     auxiliaries: Mapping[str, Any]
+    rollouts: RolloutSettings
     optim: OptimSettings
+    quantisation: Any
     trainer: TrainerSettings
     logger: Tracking
     paths: Paths
@@ -74,17 +83,45 @@ class Settings:
         return frozenset().union(self.loss.needs, *(term.needs for term in self.auxiliaries.values()))
 
 
-def legal(*, teacher: Teacher, loss: Loss, auxiliaries: Mapping[str, AuxiliarySettings], **_: Any) -> None:
-    """The teacher x loss rule, checked while the configuration is composed."""
+def legal(
+    *,
+    teacher: Teacher,
+    loss: Loss,
+    auxiliaries: Mapping[str, AuxiliarySettings],
+    alignment: Alignment,
+    student: SimpleAttentionNetwork,
+    data: DataSettings,
+    curriculum: Curriculum,
+    rollouts: RolloutSettings,
+    **_: Any,
+) -> None:
+    """The teacher x loss x data rule, checked while the configuration is composed."""
+    curriculum.check(symbolic_examples=data.symbolic_examples)
+    if not student.retrieval_width and any(isinstance(term, Contrastive) for term in auxiliaries.values()):
+        raise ConfigError(
+            "student.retrieval_width=0: auxiliary=contrastive trains a retrieval head, which this student lacks; "
+            "set student.retrieval_width=128"
+        )
     gives = {"capabilities": teacher.capabilities, "tokenizer": teacher.tokenizer}
     for asking in (loss, *auxiliaries.values()):
         names = {"loss_name": type(asking).__name__, "teacher_name": type(teacher).__name__}
         check_legal(needs=asking.needs, **gives, **names)
-    stored = getattr(teacher, "temperature", None)
+        check_alignment(loss=asking, teacher=teacher, alignment=alignment)
+        if "samples" in asking.needs and data.answers == "first":
+            raise ConfigError(
+                f"data.answers=first: {type(asking).__name__} is an expectation over a teacher's samples, these shards "
+                "hold one answer a request; set data.answers=all (with data.corpus=artifacts/corpus-..., labelled with "
+                "role.samples=2 or more) and run needle.prepare, or choose loss=hard_label"
+            )
+    check_rollouts(settings=rollouts, teacher=teacher, loss=loss, target_row_tokens=data.packing.target_row_tokens)
+    stored = stored_temperature(teacher)
     if "top_k" in loss.needs and stored != getattr(loss, "temperature", stored):
+        cure = f"set teacher.temperature={loss.temperature} and run needle.signals again"
+        if teacher.tokenizer == "own":  # told token by token, truncated: it cannot be tempered
+            cure = f"set loss.temperature={stored}"
         raise ConfigError(
             f"loss.temperature={loss.temperature}: the teacher's distributions are stored at temperature {stored}; "
-            f"set teacher.temperature={loss.temperature} and run needle.signals again"
+            f"{cure}"
         )
 
 
@@ -95,14 +132,18 @@ def main(
     *,
     name: str,
     teacher: Teacher,
+    alignment: Alignment,
     data: DataSettings,
+    curriculum: Curriculum,
     student: SimpleAttentionNetwork,
     loss: Loss,
     mixing: Mixing,
     weighting: Weighting,
     balance: Balance,
     auxiliaries: Mapping[str, Any],
+    rollouts: RolloutSettings,
     optim: OptimSettings,
+    quantisation: Quantisation,
     trainer: TrainerSettings,
     logger: Tracking,
     paths: Paths,
@@ -134,17 +175,27 @@ def _new_length(overrides: Sequence[str]) -> bool:
     return "trainer.steps" in names
 
 
-def _continue(folder: Path, steps: int | None) -> None:
-    run = reopen(folder)
-    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+def config_of(run: Run) -> dict[str, Any]:
+    """The run's resolved configuration, once it is sure that this code understands it.
+
+    Raises:
+        ConfigError: other code started the run.
+    """
     cfg = run.config
     try:
         config.check({key: value for key, value in cfg.items() if not key.startswith("_")}, main.stage_function)
     except ConfigError as error:
         raise ConfigError(
-            f"{folder} was started by commit {run.record['commit'][:12]}, whose settings are not this code's; continue "
-            f"it with that commit, or start another run:\n{error}"
+            f"{run.folder} was started by commit {run.record['commit'][:12]}, whose settings are not this code's; go "
+            f"on with that commit, or start another run:\n{error}"
         ) from error
+    return cfg
+
+
+def _continue(folder: Path, steps: int | None) -> None:
+    run = reopen(folder)
+    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    cfg = config_of(run)
     if steps is not None:
         optim, before = config.build_settings(cfg, main.stage_function)["optim"], cfg["trainer"]["steps"]
         if optim.decay_start(total_steps=min(steps, before)) < step_of(checkpoint):
@@ -164,8 +215,9 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
     inputs = {"shards": shards.name}
     signals = None
     if "top_k" in settings.needs:
-        signals = teacher.signals_folder(settings.paths.artifacts, shards)
-        command = f"python -m needle.signals {config.as_overrides(cfg, 'data', 'teacher')}"
+        where = {"artifacts": settings.paths.artifacts, "shards": shards}
+        signals = signals_folder(teacher, alignment=settings.alignment, **where)
+        command = f"python -m needle.signals {config.as_overrides(cfg, 'data', 'teacher', 'alignment')}"
         artifacts.require(signals, kind="signals", command=command)
         inputs["signals"] = signals.name
 
@@ -177,7 +229,7 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
     if settings.initial is not None:
         inputs["initial"] = artifacts.hash_file(settings.initial / "model.safetensors")
     network = None
-    if settings.needs & NETWORK:
+    if settings.needs & NETWORK or settings.rollouts.on:
         teacher.check_tokenizer(shards)
         network = teacher.network()
         inputs["teacher"] = teacher.student_identity()
@@ -189,34 +241,73 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
         balance=settings.balance,
         auxiliaries=settings.auxiliaries,
         student=model,
-        teacher=network,
+        teacher=network if settings.needs & NETWORK else None,
     )
+    packed = _packed(settings, shards, signals)
     if run is None:
         run = claim(settings.paths.runs, stage="train", name=settings.name, cfg=cfg, inputs=inputs)
         save(model, codec, run.folder / "initial")
     with run:
         run.note(shards=str(shards), parameters=sum(p.numel() for p in model.parameters()))
-        packed = PackedData(
-            train=Shard.open(shards / "train", signals and signals / "train"),
-            validation=Shard.open(shards / "validation", signals and signals / "validation"),
-            rows_per_batch=trainer.rows_per_batch,
-            source_row_tokens=settings.data.packing.source_row_tokens,
-            target_row_tokens=settings.data.packing.target_row_tokens,
-            window_examples=settings.data.packing.window_examples,
-            seed=seed,
+        rollouts = _rollouts(settings, model, codec, network) if settings.rollouts.on else None
+        built = {"student": model, "objective": objective, "optim": settings.optim, "rollouts": rollouts}
+        module = Distillation(**built, settings=trainer, run=run)
+        stopped = _fit(
+            module,
+            packed,
+            cfg,
+            checkpoint=checkpoint,
+            logger=settings.logger,
+            quantisation=settings.quantisation,
+            run=run,
         )
-        module = Distillation(student=model, objective=objective, optim=settings.optim, settings=trainer, run=run)
-        stopped = _fit(module, packed, cfg, checkpoint=checkpoint, logger=settings.logger, run=run)
         if stopped:
             print(f"stopped at step {module.global_step}; continue with: python -m needle.train resume={run.folder}")
             run.finish("interrupted")
             raise SystemExit(130)
+        run.note(**settings.quantisation.finish(model))
         save(model, codec, run.folder / "model")
         if settings.samples:
             _sample_answers(model, codec, shards, settings.samples, settings.logger, run)
         settings.logger.close(0)
         run.finish("finished")
     print(f"run: {run.folder}")
+
+
+def _rollouts(
+    settings: Settings, model: SANForConditionalGeneration, codec: TextCodec, network: torch.nn.Module | None
+) -> Rollouts:
+    """`network`: the teacher's. It scores here where the loss reads stored distributions; where it reads logits, the
+    objective runs it."""
+    packing, scorer = settings.data.packing, None
+    if "top_k" in settings.loss.needs and network is not None:
+        scorer = Scorer(network, top_k=settings.teacher.top_k, temperature=settings.loss.temperature)
+    return Rollouts(
+        settings.rollouts,
+        student=model,
+        codec=codec,
+        scorer=scorer,
+        source_row_tokens=packing.source_row_tokens,
+        target_row_tokens=packing.target_row_tokens,
+        # A compiled step is compiled for one number of rows.
+        rows_multiple=settings.trainer.rows_per_micro_batch if settings.trainer.compile else 1,
+        seed=settings.seed,
+    )
+
+
+def _packed(settings: Settings, shards: Path, signals: Path | None) -> PackedData:
+    packing, curriculum = settings.data.packing, settings.curriculum
+    return PackedData(
+        train=Shard.open(shards / "train", signals and signals / "train"),
+        validation=Shard.open(shards / "validation", signals and signals / "validation"),
+        symbolic=Shard.open(shards / "symbolic") if curriculum.uses_symbolic else None,
+        curriculum=curriculum,
+        rows_per_batch=settings.trainer.rows_per_batch,
+        source_row_tokens=packing.source_row_tokens,
+        target_row_tokens=packing.target_row_tokens,
+        window_examples=packing.window_examples,
+        seed=settings.seed,
+    )
 
 
 def _initial_student(
@@ -238,11 +329,19 @@ def _initial_student(
         raise DataError(
             f"initial={initial} has {key}={getattr(model.config, key)}, student.{key} is {wanted[key]}: they must agree"
         )
+    object.__setattr__(model, "confidence_head", None)  # it judges the student that this was before training
     return model.train(), its_codec
 
 
 def _fit(
-    module: Distillation, data: PackedData, cfg: dict[str, Any], *, checkpoint: Path | None, logger: Tracking, run: Run
+    module: Distillation,
+    data: PackedData,
+    cfg: dict[str, Any],
+    *,
+    checkpoint: Path | None,
+    logger: Tracking,
+    quantisation: Quantisation,
+    run: Run,
 ) -> bool:
     """Trains to the end or to a Ctrl-C; returns whether it was stopped."""
     settings = module.settings
@@ -266,7 +365,7 @@ def _fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=logger.open(run, cfg),
-        callbacks=[keep, TwoNewest(), stop, Report()],
+        callbacks=[*quantisation.callbacks(), keep, TwoNewest(), stop, Report()],
         plugins=[AtomicCheckpoints()],
         default_root_dir=run.folder,
         enable_progress_bar=False,

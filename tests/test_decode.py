@@ -1,4 +1,5 @@
-"""Decoding: batches, forced tokens and the grammar change how fast an answer comes, not which."""
+"""Decoding: batches, forced tokens and the grammar change how fast an answer comes, not which. Sampling draws from the
+student's own distribution."""
 
 import copy
 import json
@@ -6,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
-from needle.decode import Decoder, _Row
+from needle.decode import Decoder, _Row, draw
 from needle.schema import Tool, ToolCall, call_problems
 from needle.student import SimpleAttentionNetwork, save
+from needle.text.render import parse_calls
 from needle.text.tokenizer import EOS, TextCodec, train_tokenizer
 
 TOOLS = [
@@ -56,7 +60,7 @@ def student(codec: TextCodec):
     torch.manual_seed(1)
     shape = {"width": 32, "heads": 2, "kv_heads": 1, "encoder_layers": 1, "decoder_layers": 1, "ffn_width": 0}
     switches = {"gated": True, "qk_norm": True, "sandwich_norm": False, "copy": True, "copy_width": 8}
-    more = {"lexical_match": True, "selective_read": True, "rope_theta": 1e4, "dropout_frac": 0.1}
+    more = {"lexical_match": True, "selective_read": True, "rope_theta": 1e4, "dropout_frac": 0.1, "retrieval_width": 0}
     return SimpleAttentionNetwork(name="t", **shape, **switches, **more).build(codec)
 
 
@@ -138,6 +142,118 @@ def test_no_tools_gives_no_call(student, codec: TextCodec):
     answer = decoder(student, codec).decode([("hello", ())])[0]
     assert answer.calls == []
     assert answer.text == "[]"
+
+
+# Sampling.
+
+PROBABILITIES = np.array([0.05, 0.4, 0.0, 0.1, 0.3, 0.15])
+
+
+def frequencies(probabilities: np.ndarray, **settings) -> np.ndarray:
+    """How often each token is drawn when `uniform` goes evenly from 0 to 1."""
+    count = 2000
+    with np.errstate(divide="ignore"):
+        scores = np.log(probabilities)
+    drawn = [draw(scores, **settings, uniform=(i + 0.5) / count) for i in range(count)]
+    return np.bincount(drawn, minlength=len(probabilities)) / count
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        (1.0, 1.0, PROBABILITIES),
+        (0.5, 1.0, PROBABILITIES**2 / (PROBABILITIES**2).sum()),
+        (2.0, 1.0, PROBABILITIES**0.5 / (PROBABILITIES**0.5).sum()),
+        (1.0, 0.6, np.array([0, 4, 0, 0, 3, 0]) / 7),  # 0.4 alone does not reach it
+        (1.0, 0.75, np.array([0, 8, 0, 0, 6, 3]) / 17),
+        (1.0, 1e-9, np.array([0, 1, 0, 0, 0, 0])),
+        (0.5, 0.5, np.array([0, 1, 0, 0, 0, 0])),  # 0.16 of 0.285: the temperature comes first
+    ],
+)
+def test_draws_are_as_frequent_as_probabilities_say(temperature: float, top_p: float, expected: np.ndarray):
+    found = frequencies(PROBABILITIES, temperature=temperature, top_p=top_p)
+    assert np.abs(found - expected).max() <= 1 / 2000 + 1e-12
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_line_draw_tokens_that_have_probability(uniform: float):
+    scores = np.array([-np.inf, -3.0, -0.1, -np.inf], np.float32)
+    assert draw(scores, temperature=0.7, top_p=1.0, uniform=uniform) in (1, 2)
+
+
+def sampled(one: Decoder, requests, seed: int = 0, temperature: float = 1.0, top_p: float = 1.0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [one.codec.encode_prompt(query, tools) for query, tools in requests]
+    settings = {"temperature": temperature, "top_p": top_p, "generator": generator}
+    return one.sample(prompts, [tools for _, tools in requests], **settings)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.4, 1.0), (1.0, 0.5)])
+def test_first_tokens_are_distributed_as_the_students_softmax(student, codec, temperature: float, top_p: float):
+    """Pearson's chi-square, the tokens that are expected less than ten times taken together."""
+    query, tools = "stop", TOOLS[2:]
+    one, count = decoder(student, codec, constrained=False, max_new_tokens=1), 1500
+    tokens = [ids[0] for ids in sampled(one, [(query, tools)] * count, temperature=temperature, top_p=top_p)]
+    source = torch.tensor([codec.encode_prompt(query, tools)])
+    with torch.no_grad():
+        logits = student(input_ids=source, decoder_input_ids=torch.tensor([[1]])).logits[0, 0]
+    ordered = (logits / temperature).softmax(-1).double().sort(descending=True)
+    kept = ordered.values.cumsum(0) - ordered.values < top_p
+    expected = ordered.values * kept / (ordered.values * kept).sum()
+    found = torch.bincount(torch.tensor(tokens), minlength=len(logits))[ordered.indices].double()
+    assert found[~kept].sum() == 0
+    common = int((expected * count >= 10).sum())
+    assert common > 3
+    parts = (torch.cat([x[:common], x[common:].sum()[None]]) for x in (found, expected * count))
+    observed, wanted = (x[: common + (float(expected[common:].sum()) > 0)] for x in parts)
+    assert chisquare(observed, wanted).pvalue > 0.01
+
+
+def test_samples_depend_on_the_generator_and_not_on_the_batch(student, codec: TextCodec):
+    one = decoder(student, codec)
+    before = torch.get_rng_state()
+    whole = sampled(one, REQUESTS)
+    assert sampled(one, REQUESTS) == whole
+    assert sampled(one, REQUESTS, seed=1) != whole
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for start in range(0, len(REQUESTS), 5):
+        chosen = REQUESTS[start : start + 5]
+        prompts = [codec.encode_prompt(query, tools) for query, tools in chosen]
+        shown = [tools for _, tools in chosen]
+        parts += one.sample(prompts, shown, temperature=1.0, top_p=1.0, generator=generator)
+    assert parts == whole
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 1e-6}, {"top_p": 1e-9}])
+@pytest.mark.parametrize("constrained", [True, False])
+def test_the_coldest_sample_is_the_greedy_answer(student, codec: TextCodec, changes: dict, constrained: bool):
+    one = decoder(student, codec, constrained=constrained, max_new_tokens=30)
+    greedy = [answer.token_ids for answer in one.decode(REQUESTS[:4])]
+    assert sampled(one, REQUESTS[:4], **changes) == greedy
+
+
+def test_constrained_samples_always_fit_their_tools(student, codec: TextCodec):
+    tools = [NOTE, *TOOLS]
+    answers = sampled(decoder(student, codec, max_new_tokens=120), [(query, tools) for query, _ in REQUESTS * 2])
+    assert len(set(map(tuple, answers))) > len(REQUESTS)
+    for ids in answers:
+        assert ids[-1] == EOS
+        for call in parse_calls(codec.decode(ids)):
+            assert call_problems(call, {tool.name: tool for tool in tools}) == []
+
+
+def test_an_answer_without_tools_to_keep_to_is_free_beside_those_that_have_some(student, codec: TextCodec):
+    one, free = decoder(student, codec), decoder(student, codec, constrained=False)
+    prompts = [codec.encode_prompt(query, tools) for query, tools in REQUESTS[:2]]
+
+    def sample(by: Decoder, tools) -> list[list[int]]:
+        return by.sample(prompts, tools, temperature=1.0, top_p=1.0, generator=torch.Generator().manual_seed(4))
+
+    mixed = sample(one, [None, REQUESTS[1][1]])
+    assert mixed[0] == sample(free, [None, None])[0]
+    assert mixed[1] == sample(one, [request[1] for request in REQUESTS[:2]])[1]
 
 
 # The predict stage, as a process.

@@ -41,13 +41,6 @@ STUDENT = ["student=san_nano", "student.width=16", "student.heads=2", "student.k
 STUDENT += ["student.decoder_layers=1", "student.copy_width=8"]
 
 
-def doctors(*overrides: str, environment: dict[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "needle.doctor", *overrides]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | (environment or {}), capture_output=True, text=True, check=False, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run at its start: initial student, shards of random tokens, a teacher's distributions over them."""
@@ -109,11 +102,19 @@ def _distributions(rng: np.random.Generator, labels_X: np.ndarray) -> tuple[np.n
     return ids.astype(np.uint16), log_probs
 
 
-def test_a_run_is_measured_on_its_own_data(run: Run, tmp_path: Path):
+def started(run: Path | None = None, **settings: Any) -> None:
+    """The stage in this process, on its own defaults."""
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg: Any = OmegaConf.to_container(compose("doctor"), resolve=True)
+    function = doctor.main.stage_function
+    function({"_overrides_": []}, **config.build_settings(cfg, function) | {"run": run} | settings)
+
+
+def test_a_run_is_measured_on_its_own_data(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     output = tmp_path / "found.json"
-    done = doctors(f"run={run.folder}", "batches=2", f"output={output}", cwd=config.CONF.parent)
-    assert done.returncode == 0, done.stderr
+    started(run=run.folder, batches=2, output=output)
+    told = capsys.readouterr().out
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
     found = json.loads(output.read_text())
     # Two examples fill the source of a row, and all of its target: 4 rows, 8 examples of 6 tokens.
@@ -145,7 +146,20 @@ def test_a_run_is_measured_on_its_own_data(run: Run, tmp_path: Path):
     assert cosine["distillation", "labels"] > 0.8
     assert any("z_loss has" in line and "no say" in line for line in found["warnings"])
     for word in ("distillation and labels", "warning: z_loss", "value", "16.67%"):
-        assert word in done.stdout
+        assert word in told
+
+
+def test_another_loss_in_the_runs_place(run: Run, tmp_path: Path):
+    output = tmp_path / "found.json"
+    started(run=run.folder, batches=1, output=output, target="needle.loss.HardLabel")
+    found = json.loads(output.read_text())
+    assert {name: term["coefficient"] for name, term in found["terms"].items()} == pytest.approx(
+        {"tokens": 1.0, "z_loss": 1e-4}
+    )
+    assert found["signal"] == {}
+    hotter = {"temperature": 3.0, "distribution": "top_k", "chunk_tokens": None}
+    with pytest.raises(ConfigError, match="stored at temperature"):
+        started(run=run.folder, target="needle.loss.ReverseKL", arguments=hotter)
 
 
 def test_terms_add_up_to_what_training_minimises(run: Run):
@@ -178,11 +192,14 @@ def test_terms_add_up_to_what_training_minimises(run: Run):
 
 def test_a_users_own_loss_is_told_what_is_wrong(tmp_path: Path):
     (tmp_path / "ownlosses.py").write_text(OWN)
-    done = doctors(
-        "target=ownlosses.ForgetsPadding",
-        "+arguments.factor=2.0",
-        environment={"NEEDLE_TARGETS": "ownlosses"},
+    done = subprocess.run(
+        [sys.executable, "-m", "needle.doctor", "target=ownlosses.ForgetsPadding", "+arguments.factor=2.0"],
         cwd=tmp_path,
+        env=os.environ | {"NEEDLE_TARGETS": "ownlosses"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -190,15 +207,6 @@ def test_a_users_own_loss_is_told_what_is_wrong(tmp_path: Path):
     assert line.strip().startswith("FAIL")
     assert "nats at an ignored label" in line
     assert "n/a   moves a state" in done.stdout
-
-
-def started(run: Path | None = None, **settings: Any) -> None:
-    """The stage in this process, on its own defaults."""
-    with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        cfg = OmegaConf.to_container(compose("doctor"), resolve=True)
-    function = doctor.main.stage_function
-    built = config.build_settings(cfg, function) | {"run": run} | settings
-    function({"_overrides_": []}, **built)
 
 
 @pytest.mark.parametrize(

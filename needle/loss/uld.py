@@ -50,6 +50,6 @@ class ULD:
     ) -> Tensor:
         distance = sorted_distance(
             student_probs_RTV=(wide(student_logits_RTV) / self.temperature).softmax(dim=-1),
-            teacher_log_probs_RTK=teacher_log_probs_RTK,
+            teacher_log_probs_RTK=teacher_log_probs_RTK.detach(),
         )
         return distance.masked_fill(labels_RT == IGNORE, 0.0) * self.temperature

@@ -7,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from needle.config import LISTED
 from needle.errors import ConfigError, DataError
 from needle.metrics.matching import METRICS
 from needle.scores import TrainingRun, read_answers, read_score, score_path
 
 ABSENT = "-"  # the value of a setting that a run does not have
+GROUP_OF = {node: group for group, node in LISTED.items()}  # where the two names differ
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _factors(runs: Sequence[TrainingRun], *, ignored: Sequence[str]) -> list[dic
     choices = [run.record.get("choices", {}) for run in runs]
     names: list[str] = []
     for key in differing:
-        group = key.split(".")[0]
+        group = GROUP_OF.get(key.split(".")[0], key.split(".")[0])
         chosen = [one.get(group, ABSENT) for one in choices]
         if len(set(chosen)) > 1 and group not in names:
             names.append(group)

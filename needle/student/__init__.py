@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from needle.errors import DataError
+from needle.student.confidence import load_head, remove_head
 from needle.student.san import SANConfig, SANForConditionalGeneration, SimpleAttentionNetwork
 from needle.text.tokenizer import TextCodec
 
@@ -25,6 +26,9 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "needle_tex
 
 def load(folder: Path) -> tuple[SANForConditionalGeneration, TextCodec]:
     """A saved student, in evaluation mode, with its tokenizer.
+
+    Its `confidence_head` is the one that needle.calibrate fitted to it, or None: no part of the model, not moved with
+    it and not saved with it.
 
     Raises:
         DataError: a file is missing, cut off or does not fit the others.
@@ -46,6 +50,11 @@ def load(folder: Path) -> tuple[SANForConditionalGeneration, TextCodec]:
     codec = TextCodec.load(folder)
     if codec.vocab_size != model.config.vocab_size:
         raise DataError(f"{folder}: tokenizer has {codec.vocab_size} pieces, the student {model.config.vocab_size}")
+    head = load_head(folder)
+    if head is not None and head.width != model.config.width:
+        raise DataError(f"{folder / 'confidence.json'} has width={head.width}, the student {model.config.width}")
+    # Bypasses nn.Module registration.
+    object.__setattr__(model, "confidence_head", head)
     return model.eval(), codec
 
 
@@ -68,7 +77,9 @@ def _check_weights(path: Path, wanted: Mapping[str, Tensor]) -> None:
 
 
 def save(model: SANForConditionalGeneration, codec: TextCodec, folder: Path) -> None:
-    """Writes weights (safetensors), configuration and tokenizer; `load` reads them back."""
+    """Writes weights (safetensors), configuration and tokenizer; `load` reads them back. A confidence head that the
+    folder holds was fitted to the weights before, and goes."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    remove_head(folder)
     model.save_pretrained(folder)
     codec.save(folder)

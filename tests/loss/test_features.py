@@ -15,7 +15,7 @@ from needle.data.packing import collate
 from needle.data.shards import About, Shard, ShardWriter
 from needle.errors import ConfigError
 from needle.loss import AttentionRelations, Fixed, HardLabel, HiddenStates, Mixing, Schedule, Weighting
-from needle.loss.attention_relations import relation_kl
+from needle.loss.attention_relations import pieces, relation_kl
 from needle.loss.features import resolve
 from needle.loss.hidden_states import state_distance
 from needle.loss.objective import Objective
@@ -174,6 +174,19 @@ def test_a_token_relates_to_its_own_example_and_in_a_decoder_to_what_came_before
         (gradient,) = torch.autograd.grad(nats[0, 1], student)
         assert gradient[0].abs().sum(dim=-1).nonzero().flatten().tolist() == seen
         assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_examples_alone_give_what_their_rows_give(causal: bool):
+    """What a CPU and a GPU do."""
+    segments = torch.tensor(SEGMENTS)
+    student, teacher = vectors(8, 0), vectors(12, 1)
+    whole = relations(student, teacher, SEGMENTS, heads=2, causal=causal)
+    cuts = pieces(segments)
+    assert [(row.start, place.start, place.stop) for row, place in cuts] == [(0, 0, 3), (0, 3, 5), (1, 0, 1), (1, 1, 6)]
+    for cut in cuts:
+        alone = relations(student[cut], teacher[cut], segments[cut].tolist(), heads=2, causal=causal)
+        assert torch.allclose(alone, whole[cut])
 
 
 def test_gradients_agree_with_finite_differences():
