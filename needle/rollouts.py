@@ -161,10 +161,44 @@ def unpack(batch: Mapping[str, Tensor]) -> list[Request]:
     return requests
 
 
+def rows_of(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """Which of the examples that `unpack` gives lie in each row."""
+    ends = batch["source_segments_RS"].amax(dim=1).cumsum(dim=0).tolist()
+    return [list(range(start, end)) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def refit(
+    rows: Sequence[Sequence[int]], target_lengths_N: np.ndarray, source_lengths_N: np.ndarray, **row_tokens: int
+) -> list[list[int]]:
+    """Rows whose targets have got other lengths: what no longer fits its row goes to the first that has room, or to a
+    new one. Packing so few examples anew would seldom find as few rows as a whole window gave."""
+    lengths_N2 = np.stack([source_lengths_N, target_lengths_N], axis=1)
+    limits_2 = np.array([row_tokens["source_row_tokens"], row_tokens["target_row_tokens"]])
+    kept: list[list[int]] = [[] for _ in rows]
+    over = []
+    for own, row in zip(kept, rows, strict=True):
+        for i in row:
+            (own if (lengths_N2[[*own, i]].sum(axis=0) <= limits_2).all() else over).append(i)
+    for i in over:
+        fitting = (row for row in kept if (lengths_N2[[*row, i]].sum(axis=0) <= limits_2).all())
+        place = next(fitting, None)
+        if place is None:
+            kept.append([i])
+        else:
+            place.append(i)
+    return kept
+
+
 def lay_out(
-    rollouts: Sequence[Rollout], *, source_row_tokens: int, target_row_tokens: int, rows_multiple: int
+    rollouts: Sequence[Rollout],
+    *,
+    rows: Sequence[Sequence[int]] | None,
+    source_row_tokens: int,
+    target_row_tokens: int,
+    rows_multiple: int,
 ) -> dict[str, Tensor]:
-    """A packed batch (see `collate`) of all of them, in as many rows as they take, and empty ones up to a multiple."""
+    """A packed batch (see `collate`) of all of them, in as many rows as they take, and empty ones up to a multiple.
+    `rows`: where the requests lay; None: anywhere."""
     fields = {name: [getattr(rollout, name) for rollout in rollouts] for name in Rollout._fields}
     sources, targets = ([len(part) for part in fields[name]] for name in ("source", "target"))
     # A batch does not tell all that a shard holds of an example; what it does not, no loss reads.
@@ -176,9 +210,10 @@ def lay_out(
         **about,
     )
     shape = {"source_row_tokens": source_row_tokens, "target_row_tokens": target_row_tokens}
-    rows = pack(shard.source_lengths_N, shard.target_lengths_N, **shape)
-    rows += [[] for _ in range(-len(rows) % rows_multiple)]
-    return collate(shard, rows, **shape)
+    lengths = {"source_lengths_N": shard.source_lengths_N, "target_lengths_N": shard.target_lengths_N}
+    filled = pack(**lengths, **shape) if rows is None else refit(rows, **lengths, **shape)
+    filled += [[] for _ in range(-len(filled) % rows_multiple)]
+    return collate(shard, filled, **shape)
 
 
 def with_rows(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
@@ -326,7 +361,8 @@ class Rollouts:
             self.buffer.add(fresh)
         rollouts = [*drawn, *fresh]
         self._count(rollouts, step)
-        laid = lay_out(rollouts, **self.shape, rows_multiple=self.rows_multiple)
+        rows = None if drawn else rows_of(batch)
+        laid = lay_out(rollouts, rows=rows, **self.shape, rows_multiple=self.rows_multiple)
         laid = {name: tensor.to(batch["labels_RT"].device) for name, tensor in laid.items()}
         return (self.scorer(laid) if self.scorer is not None else laid), True
 
@@ -338,7 +374,8 @@ class Rollouts:
 
     def record(self) -> dict[str, float]:
         """Since it was last asked: the share of on-policy steps, and of the answers learnt from their mean age and
-        length and how good they were. Tokens are counted from the beginning, for comparisons at equal compute."""
+        length and how good they were. Tokens that this rank read and wrote while sampling are counted from the
+        beginning, for comparisons at equal compute; those trained on are not among them."""
         tally, self._tally = self._tally, dict.fromkeys(TALLIED, 0)
         record: dict[str, float] = {
             "rollout_frac": tally["on_policy_steps"] / max(tally["steps"], 1),
@@ -364,15 +401,19 @@ class Rollouts:
         self.buffer.load(state["buffer"])
 
     def _answered(self, requests: Sequence[Request], *, step: int, seed: int) -> list[Rollout]:
+        """In the order of the requests."""
         generator = torch.Generator().manual_seed(seed)
-        shortest_first = sorted(requests, key=lambda request: len(request.source))  # little of a batch is then padding
+        # Alike in length, so that little of a batch is padding.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].source))
+        answers: dict[int, list[int]] = {}
+        for start in range(0, len(order), self.settings.batch_size):
+            chosen = order[start : start + self.settings.batch_size]
+            answers |= zip(chosen, self._sample([requests[i] for i in chosen], generator), strict=True)
         rollouts = []
-        for start in range(0, len(requests), self.settings.batch_size):
-            asked = shortest_first[start : start + self.settings.batch_size]
-            for request, answer in zip(asked, self._sample(asked, generator), strict=True):
-                spans, valid = spans_of(answer, self.codec)
-                told = request._asdict() | {"target": np.array(answer), "spans": spans, "made_step": step}
-                rollouts.append(Rollout(**told, valid=valid, exact=answer == request.target.tolist()))
+        for i, request in enumerate(requests):
+            spans, valid = spans_of(answers[i], self.codec)
+            told = request._asdict() | {"target": np.array(answers[i]), "spans": spans, "made_step": step}
+            rollouts.append(Rollout(**told, valid=valid, exact=answers[i] == request.target.tolist()))
         self.read_tokens += sum(len(rollout.source) for rollout in rollouts)
         self.generated_tokens += sum(len(rollout.target) for rollout in rollouts)
         return rollouts

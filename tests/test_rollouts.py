@@ -6,6 +6,7 @@ resumed run makes the same ones."""
 import copy
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,8 @@ from needle.rollouts import (
     Scorer,
     check_legal,
     lay_out,
+    refit,
+    rows_of,
     spans_of,
     unpack,
     with_rows,
@@ -135,7 +138,7 @@ def test_unpacking_what_was_laid_out_gives_it_back(lengths: list[tuple[int, int]
         )
         for i, (s, t) in enumerate(lengths)
     ]  # fmt: skip
-    batch = lay_out(rollouts, **ROW, rows_multiple=multiple)
+    batch = lay_out(rollouts, rows=None, **ROW, rows_multiple=multiple)
     assert len(batch["labels_RT"]) % multiple == 0
     assert sorted(map(known, unpack(batch))) == sorted(map(known, rollouts))
     assert sorted(map(known, unpack(with_rows(batch, 20)))) == sorted(map(known, rollouts))
@@ -149,11 +152,29 @@ def test_laying_out_a_batch_again_is_collating_it(shard: Shard):
     again = [
         Rollout(**r._asdict(), spans=np.zeros(len(r.target)), made_step=0, valid=True, exact=True) for r in requests
     ]
-    laid = lay_out(again, **ROW, rows_multiple=3)
+    laid = lay_out(again, rows=rows_of(batch), **ROW, rows_multiple=3)
     assert {name: (x.dtype, x.shape) for name, x in laid.items()} == {
         name: (x.dtype, x.shape) for name, x in batch.items()
     }
-    assert sorted(map(known, unpack(laid))) == sorted(map(known, requests))
+    assert all(torch.equal(laid[name], batch[name]) for name in batch if name != "spans_RT")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 48)), max_size=3), min_size=1, max_size=4))
+def test_answers_stay_in_their_rows_as_long_as_they_fit(lengths: list[list[tuple[int, int]]]):
+    flat = [length for row in lengths for length in row]
+    source_N, target_N = (np.array([length[i] for length in flat], int) for i in (0, 1))
+    ends = np.cumsum([0, *map(len, lengths)])
+    rows = [list(range(*pair)) for pair in pairwise(ends)]
+    found = refit(rows, target_N, source_N, **ROW)
+    assert sorted(i for row in found for i in row) == list(range(len(flat)))
+    for row in found:
+        assert source_N[row].sum() <= ROW["source_row_tokens"]
+        assert target_N[row].sum() <= ROW["target_row_tokens"]
+    for own, row in zip(found, rows, strict=False):
+        assert own[: len(row[:1])] == row[:1]
+        if target_N[row].sum() <= ROW["target_row_tokens"]:
+            assert own[: len(row)] == row
 
 
 def test_an_on_policy_batch_asks_the_same_requests_and_learns_from_what_was_fed(shard: Shard, codec: TextCodec):
@@ -219,7 +240,8 @@ def test_off_is_off_and_a_frac_of_zero_changes_no_batch(shard: Shard, codec: Tex
 
 
 def test_frac_is_the_share_of_steps_and_every_step_decides_for_itself(shard: Shard, codec: TextCodec, monkeypatch):
-    monkeypatch.setattr("needle.rollouts.unpack", lambda batch: [])
+    for reading in ("unpack", "rows_of"):
+        monkeypatch.setattr(f"needle.rollouts.{reading}", lambda batch: [])
     monkeypatch.setattr("needle.rollouts.lay_out", lambda rollouts, **_: {"labels_RT": torch.zeros(1)})
 
     def chosen(steps, seed=0, rank=0) -> list[bool]:

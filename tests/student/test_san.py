@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import needle.student
 from needle.data.packing import IGNORE, collate
-from needle.data.shards import Shard, ShardWriter
+from needle.data.shards import About, Shard, ShardWriter
 from needle.errors import DataError
 from needle.schema import Tool, ToolCall
 from needle.student import SANConfig, SANForConditionalGeneration, SimpleAttentionNetwork
@@ -78,7 +78,8 @@ def shard(codec: TextCodec, tools: tuple[Tool, ...], tmp_path_factory: pytest.Te
     writer = ShardWriter()
     for i, (query, name, arguments) in enumerate(CASES):
         shown = tools[: i + 1]
-        writer.add(query, codec.encode_prompt(query, shown), *codec.encode_target([ToolCall(name, arguments)], shown))
+        target = codec.encode_target([ToolCall(name, arguments)], shown)
+        writer.add(query, codec.encode_prompt(query, shown), *target, About(kind=0, gold_tools=1, tools=len(shown)))
     folder = tmp_path_factory.mktemp("shard") / "train"
     writer.save(folder)
     return Shard.open(folder)
