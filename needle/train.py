@@ -322,8 +322,13 @@ def _initial_student(
             f"initial={initial} was trained with another tokenizer than {shards}; prepare with "
             f"data.text.tokenizer={initial}"
         )
-    wanted = student.build(codec).config.to_diff_dict()
+    fresh = student.build(codec)
+    wanted = fresh.config.to_diff_dict()
     differing = [key for key, value in wanted.items() if key in vars(student) and getattr(model.config, key) != value]
+    if differing == ["retrieval_width"] and not model.config.retrieval_width:
+        # A head may be put on a student that has none: it starts fresh, all else is the initial student's.
+        fresh.load_state_dict(model.state_dict(), strict=False)
+        return fresh.train(), its_codec
     if differing:
         key = differing[0]
         raise DataError(

@@ -4,12 +4,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from torch import nn
 
+from needle.config import CONF, build
 from needle.errors import ConfigError
 from needle.loss import Contrastive, Schedule
 from needle.optim import OptimSettings
@@ -27,6 +30,7 @@ from needle.student.retrieval import (
 )
 from needle.text.render import render_query, render_tools
 from needle.text.tokenizer import PAD, QUERY, TOOLS, TextCodec, train_tokenizer
+from needle.train import _initial_student
 
 WORDS = {
     "start_timer": ("counts down", ["wake me in ten minutes", "ten minutes on the clock", "eggs need eight minutes"]),
@@ -97,11 +101,11 @@ def test_mean_pool_by_hand():
 
 
 def test_vectors_have_unit_length_and_gradients_reach_every_weight_of_the_head():
-    torch.manual_seed(0)  # few hidden units: another start may leave one of them dead
-    head = RetrievalHead(width=16, retrieval_width=6)
+    torch.manual_seed(0)
+    head = RetrievalHead(width=128, retrieval_width=6)
     head.start()
-    vectors = head(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)))
-    assert torch.allclose(vectors.norm(dim=-1), torch.ones(5), atol=1e-6)
+    vectors = head(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(vectors.norm(dim=-1), torch.ones(64), atol=1e-6)
     assert head.scale().item() == pytest.approx(1 / 0.07, rel=1e-5)
     (head.scale() * vectors[:, 0]).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
@@ -236,3 +240,16 @@ def test_training_on_pairs_finds_the_tools(codec, tools):
     after = recall_frac(model, codec, examples, tops=[1], batch_size=16)[1]
     assert before <= 0.5
     assert after >= 0.9
+
+
+def test_a_head_may_be_put_on_an_initial_student(tmp_path: Path, repository: Path):
+    initial = repository / "experiments/000_first_distillation/nano_initial"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["experiment=loss_checks", "student.retrieval_width=16"])
+    model, _ = _initial_student(initial, build(cfg.student), initial)
+    before, _ = load(initial)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in before.state_dict().items())
+    assert set(weights.keys() - before.state_dict().keys()) == {
+        f"retrieval_head.{name}" for name in model.retrieval_head.state_dict()
+    }
