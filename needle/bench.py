@@ -30,7 +30,7 @@ from needle.loss.objective import NETWORK, Objective
 from needle.optim import OptimSettings
 from needle.schema import Tool
 from needle.student import SimpleAttentionNetwork
-from needle.text.tokenizer import BOS, SPECIALS, TextCodec, train_tokenizer
+from needle.text.tokenizer import BOS, QUERY, SPECIALS, TOOLS, TextCodec, train_tokenizer
 
 Count = Annotated[int, Field(ge=1)]
 HALFWAY = 0.5  # of the training, where schedules are read
@@ -70,7 +70,7 @@ def made_up_texts(count: int) -> list[str]:
     return [f"{word} {word}" for word in words]
 
 
-def packed_batch(shape: BenchShape, *, vocab_size: int, top_k: int) -> dict[str, torch.Tensor]:
+def packed_batch(shape: BenchShape, *, vocab_size: int, separator_id: int, top_k: int) -> dict[str, torch.Tensor]:
     """Random tokens in the layout of `needle.data.packing.collate`, without padding, with a teacher's distributions."""
     generator = torch.Generator().manual_seed(0)
 
@@ -81,9 +81,13 @@ def packed_batch(shape: BenchShape, *, vocab_size: int, top_k: int) -> dict[str,
         return (torch.arange(length) * shape.examples_per_row // length + 1).expand(shape.rows, -1).contiguous()
 
     labels = ids(shape.target_tokens)
+    source, length = ids(shape.source_tokens), shape.source_tokens // shape.examples_per_row
+    for start in range(0, shape.source_tokens - length + 1, length):  # three tools, then the request
+        source[:, start], source[:, start + 3 * length // 4] = TOOLS, QUERY
+        source[:, [start + length // 4, start + length // 2]] = separator_id
     teacher = torch.randn(*labels.shape, vocab_size, generator=generator).log_softmax(dim=-1).topk(top_k, dim=-1)
     return {
-        "source_ids_RS": ids(shape.source_tokens),
+        "source_ids_RS": source,
         "source_segments_RS": segments(shape.source_tokens),
         "decoder_ids_RT": ids(shape.target_tokens),
         "target_segments_RT": segments(shape.target_tokens),
@@ -209,7 +213,7 @@ def main(
         "compiled": compile,
         "sgemm_gflop_per_s": round(sgemm_gflops(repeats=20), 1),
     }
-    data = packed_batch(batch, vocab_size=codec.vocab_size, top_k=top_k)
+    data = packed_batch(batch, vocab_size=codec.vocab_size, separator_id=codec.separator_id, top_k=top_k)
     tokens = batch.rows * (batch.source_tokens + batch.target_tokens)
     needs = frozenset().union(loss.needs, *(term.needs for term in auxiliaries.values()))
     if "top_k" not in needs:

@@ -37,7 +37,10 @@ def all_settings() -> list[str]:
             settings.append(name)
         if "\ndistribution:" in path.read_text("utf-8"):
             settings.append(f"{name} loss.distribution=full")
-    return settings + [f"auxiliary=[{path.stem}]" for path in sorted((config.CONF / "auxiliary").glob("*.yaml"))]
+    for path in sorted((config.CONF / "auxiliary").glob("*.yaml")):
+        head = " student.retrieval_width=128" if path.stem == "contrastive" else ""
+        settings.append(f"auxiliary=[{path.stem}]{head}")
+    return settings
 
 
 def measure(setting: str, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
