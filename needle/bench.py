@@ -1,7 +1,7 @@
 """Measures where time goes on this machine: matrix product, training step, decoding.
 
     python -m needle.bench student=san_base            # make bench
-    python -m needle.bench loss=reverse_kl auxiliary=[z_loss] teacher_student=san_large
+    python -m needle.bench loss=reverse_kl auxiliary=[z_loss] student@teacher_student=san_large
 
 Every figure is the median of several measurements after a warm-up, and is printed with the machine's own sgemm rate,
 since a rate without that says little about the code. A loss that reads a teacher is given random distributions, or

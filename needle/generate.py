@@ -32,7 +32,7 @@ from needle import artifacts, config
 from needle.corpus import authoring, catalogue
 from needle.corpus.authoring import Author
 from needle.corpus.catalogue import Catalogue
-from needle.corpus.harvest import Collect, Harvest, acceptance, counts, merged, write_files
+from needle.corpus.harvest import Collect, Harvest, acceptance, answer_lines, counts, merged, write_files
 from needle.corpus.labelling import Label, label_calls, labelled, read_calls
 from needle.corpus.layouts import read
 from needle.corpus.plan import Realised
@@ -362,7 +362,7 @@ def _publish_bought(task: Task, market: Market, harvest: Harvest, paths: Paths) 
         split = task.data.split.assign(example)
         by_split["train" if split in harvest.fixed else split].append(example)
     parts = {"examples": [e.to_dict() for e in kept], "fixed": sorted(e.id for s in harvest.fixed.values() for e in s)}
-    parts |= {"validation": task.validation, "tools": sorted(harvest.tools)}
+    parts |= {"validation": task.validation, "tools": sorted(harvest.tools), "answers": answer_lines(harvest, sifted)}
     folder = paths.artifacts / f"corpus-{artifacts.fingerprint(version=GENERATE_VERSION, **parts)}"
     if folder.is_dir():
         print(f"corpus is there already: {folder}\ntrain on it with data.corpus={folder}")

@@ -90,7 +90,7 @@ def write_files(
     tools = {domain: [asdict(tool) for tool in of_domain] for domain, of_domain in harvest.tools.items()}
     (folder / "tools.json").write_text(json.dumps(tools, ensure_ascii=False), "utf-8")
     (folder / "quarantine.jsonl").write_text("".join(_quarantine(harvest, sifted)), "utf-8")
-    (folder / "answers.jsonl").write_text("".join(_answers(harvest, sifted)), "utf-8")
+    (folder / "answers.jsonl").write_text("".join(answer_lines(harvest, sifted)), "utf-8")
     every = [example for split in SPLITS for example in by_split[split]]
     whole = Catalogue(harvest.tools, every, [*harvest.quarantine])
     (folder / "README.md").write_text(card(whole, by_split, folder=conventions), "utf-8")
@@ -115,7 +115,7 @@ def _quarantine(harvest: Harvest, sifted: Sifted) -> list[str]:
     return [bad.to_json() for bad in (*harvest.quarantine, *refused)]
 
 
-def _answers(harvest: Harvest, sifted: Sifted) -> list[str]:
+def answer_lines(harvest: Harvest, sifted: Sifted) -> list[str]:
     """A line for each kept example that has more to tell than its calls: its weight, every distinct answer."""
     lines = []
     for example, weight in zip(sifted.kept, sifted.weights, strict=True):
