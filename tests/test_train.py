@@ -7,8 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from needle import config
+from needle.errors import ConfigError
+from needle.train import main
 
 CANARY = "canary-51be07-key"
 SLICE = [
@@ -31,6 +38,14 @@ def needle(stage: str, *overrides: str, folder: Path, **kwargs) -> subprocess.Co
 def _command(stage: str, *overrides: str, folder: Path) -> list[str]:
     paths = [f"paths.artifacts={folder / 'artifacts'}", f"paths.runs={folder / 'runs'}"]
     return [sys.executable, "-m", f"needle.{stage}", *overrides, *paths]
+
+
+def composed(overrides: list[str]) -> None:
+    """What needle.train does before any work."""
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = compose("train", overrides)
+    config.check(cfg, main.stage_function)
+    config.build_settings(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), main.stage_function)
 
 
 def the_run(folder: Path) -> Path:
@@ -178,12 +193,27 @@ def test_a_stopped_run_continues_to_another_length(workplace: Path):
     ("overrides", "words"),
     [
         (["loss=forward_kl", "teacher=recorded"], ["needs top_k", "teacher=checkpoint"]),
-        (["trainer.stepz=3"], ["stepz"]),
         (["+trainer.stepz=3"], ["stepz", "steps"]),
         (["trainer.steps=0"], ["trainer.steps", "0"]),
-        (["student=san_nono"], ["san_nono", "san_nano"]),
+        (["rollouts=on_policy", "teacher=checkpoint"], ["HardLabel", "loss=reverse_kl"]),
+        (["loss=expected_cross_entropy", "teacher=gemini"], ["data.answers=all", "needle.prepare"]),
+        (["auxiliary=[contrastive]"], ["student.retrieval_width=128"]),
+        (["auxiliary=[hidden_states]"], ["features", "teacher=checkpoint"]),
+        (["curriculum=induction"], ["data.symbolic_examples"]),
+    ],
+)
+def test_what_cannot_work_is_refused_while_the_configuration_is_composed(overrides: list[str], words: list[str]):
+    with pytest.raises(ConfigError) as refused:
+        composed(overrides)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.stepz=3"], ["stepz"]),
         (["data.copies_per_request=2"], ["needle.prepare"]),
-        (["initial=/nowhere"], ["/nowhere"]),
         (["loss=forward_kl", "teacher=checkpoint", "teacher.checkpoint=/nowhere"], ["/nowhere"]),
     ],
 )
