@@ -62,6 +62,7 @@ def student(tmp_path_factory) -> Path:
         copy_width=8,
         lexical_match=True,
         selective_read=True,
+        retrieval_width=0,
         dropout_frac=0.1,
     )
     save(network.build(codec), codec, folder)
