@@ -1,6 +1,8 @@
 """What every test shares: an offline, single-threaded process and the repository's root."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,11 @@ os.environ.pop("HYDRA_FULL_ERROR", None)
 def repository() -> Path:
     """The folder that holds conf/, data/ and the Makefile."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def denormals_come_back() -> Iterator[None]:
+    """A stage that runs in this process flushes denormal numbers for good; hypothesis draws them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
