@@ -14,7 +14,7 @@ import yaml
 from needle.errors import ConfigError, DataError
 from needle.metrics import matching
 from needle.reporting import compare, figures, page, tables
-from needle.reporting.collect import Setting, collect
+from needle.reporting.collect import Setting, _telling, collect
 from needle.reporting.compare import Bootstrap
 from needle.schema import Tool, ToolCall
 from needle.scores import TrainingRun, answers_path, score_path, select_runs
@@ -429,3 +429,16 @@ def test_the_command_gives_the_same_files_for_the_same_runs(two_losses, tmp_path
     assert refused.returncode == 2
     assert "'call_exact' is not one of call_exact_frac" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_label_of_many_factors_tells_the_loss_and_what_is_unusual():
+    usual = {"loss": "hard_label", "weighting": "uniform", "rollouts": "off", "quantisation": "none"}
+    factors = [usual, {**usual, "loss": "taid"}, {**usual, "quantisation": "int4"}, {**usual, "weighting": "focal"}]
+    assert [_telling(one, factors) for one in factors] == [
+        {"loss": "hard_label"},
+        {"loss": "taid"},
+        {"loss": "hard_label", "quantisation": "int4"},
+        {"loss": "hard_label", "weighting": "focal"},
+    ]
+    few = {name: usual[name] for name in ("loss", "weighting", "rollouts")}
+    assert _telling(few, [few, few]) == few

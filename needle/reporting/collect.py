@@ -1,6 +1,7 @@
 """Run folders -> settings: which choices differ between the runs, and which runs are seeds of the same choices."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from needle.metrics.matching import METRICS
 from needle.scores import TrainingRun, read_answers, read_score, score_path
 
 ABSENT = "-"  # the value of a setting that a run does not have
+FACTORS_SHOWN = 3  # in a setting's label, unless they are unusual
 GROUP_OF = {node: group for group, node in LISTED.items()}  # where the two names differ
 
 
@@ -135,7 +137,7 @@ def collect(
     for (values, _), members in groups.items():
         chosen, older = _newest_of_each_seed(members)
         left_out += [(one.run.folder.name, "a newer run has the same setting and seed") for one in older]
-        label = _label(dict(values), chosen[0].run)
+        label = _label(_telling(dict(values), factors), chosen[0].run)
         settings.append(Setting(label, dict(values), tuple(chosen), is_clean=not any(one.dirty for one in chosen)))
     settings.sort(key=lambda setting: (setting.parameters, setting.label, not setting.is_clean))
     return Collection(tuple(settings), tuple(sorted(left_out)))
@@ -183,6 +185,14 @@ def _factors(runs: Sequence[TrainingRun], *, ignored: Sequence[str]) -> list[dic
         {name: choice[name] if name in choice else one.get(name, ABSENT) for name in names}
         for choice, one in zip(choices, leaves, strict=True)
     ]
+
+
+def _telling(values: Mapping[str, str], factors: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What a label says of a setting's values: all of a few; of many the loss and those that are not the usual ones."""
+    if len(values) <= FACTORS_SHOWN:
+        return dict(values)
+    usual = {name: Counter(one[name] for one in factors).most_common(1)[0][0] for name in values}
+    return {name: value for name, value in values.items() if name == "loss" or value != usual[name]}
 
 
 def _label(factors: Mapping[str, str], run: TrainingRun) -> str:
