@@ -2,6 +2,7 @@
 colour vision; beyond eight settings line styles and hatches tell them apart."""
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from needle.reporting.compare import Row
 from needle.reporting.tables import title
 from needle.schema import KINDS
 
+LABEL_LETTERS = 44  # of a line beside an axis
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
 LINES = ("-", "--", ":")
 HATCHES = ("", "//", "..")
@@ -89,6 +91,11 @@ def _legend_height(settings: Sequence[Setting]) -> float:
 
 def _sentence(metric: str) -> str:
     return title(metric).capitalize()
+
+
+def _in_lines(label: str) -> str:
+    """Broken where it would leave no room for the axes."""
+    return "\n".join(textwrap.wrap(label, LABEL_LETTERS, break_long_words=True, break_on_hyphens=False))
 
 
 def name_of(setting: Setting) -> str:
@@ -241,7 +248,7 @@ def differences(rows: Sequence[Row], *, confidence_frac: float) -> Figure | None
             color=COLOURS[0] if row.setting.is_clean else "#888888",
         )
     axes.axvline(0, color="black", linewidth=1)
-    axes.set_yticks(range(len(kept)), [name_of(row.setting) for row in kept])
+    axes.set_yticks(range(len(kept)), [_in_lines(name_of(row.setting)) for row in kept])
     axes.set_ylim(len(kept) - 0.5, -0.5)
     axes.set_xlabel(f"percentage points of {title(rows[0].metric)}, with {100 * confidence_frac:g} % interval")
     figure.suptitle("Difference from the baseline", **_HEADING)
