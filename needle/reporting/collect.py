@@ -192,7 +192,7 @@ def _telling(values: Mapping[str, str], factors: Sequence[Mapping[str, str]]) ->
     if len(values) <= FACTORS_SHOWN:
         return dict(values)
     usual = {name: Counter(one[name] for one in factors).most_common(1)[0][0] for name in values}
-    return {name: value for name, value in values.items() if name == "loss" or value != usual[name]}
+    return {name: value for name, value in values.items() if name == "loss" or value not in (usual[name], ABSENT)}
 
 
 def _label(factors: Mapping[str, str], run: TrainingRun) -> str:
