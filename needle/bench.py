@@ -26,7 +26,7 @@ from needle import config
 from needle.artifacts import write_json_atomic
 from needle.loss import Loss, Mixing, Weighting
 from needle.loss.balance import Balance
-from needle.loss.objective import NETWORK, Objective
+from needle.loss.objective import NETWORK, Objective, needs_of
 from needle.optim import OptimSettings
 from needle.schema import Tool
 from needle.student import SimpleAttentionNetwork
@@ -215,7 +215,7 @@ def main(
     }
     data = packed_batch(batch, vocab_size=codec.vocab_size, separator_id=codec.separator_id, top_k=top_k)
     tokens = batch.rows * (batch.source_tokens + batch.target_tokens)
-    needs = frozenset().union(loss.needs, *(term.needs for term in auxiliaries.values()))
+    needs = needs_of(loss, auxiliaries)
     if "top_k" not in needs:
         data = {name: tensor for name, tensor in data.items() if not name.startswith("teacher_")}
     objective = Objective(

@@ -35,7 +35,7 @@ from needle.distil import Distillation, TrainerSettings
 from needle.errors import ConfigError, DataError
 from needle.loss import AuxiliarySettings, Contrastive, Loss, Mixing, Weighting
 from needle.loss.balance import Balance
-from needle.loss.objective import NETWORK, Objective
+from needle.loss.objective import NETWORK, Objective, needs_of
 from needle.optim import OptimSettings
 from needle.prepare import shards_folder
 from needle.progress import Progress
@@ -80,7 +80,7 @@ class Settings:
     @property
     def needs(self) -> frozenset[str]:
         """Of the teacher."""
-        return frozenset().union(self.loss.needs, *(term.needs for term in self.auxiliaries.values()))
+        return needs_of(self.loss, self.auxiliaries)
 
 
 def legal(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from needle.loss.base import IGNORE
+from needle.loss.objective import DISTRIBUTIONS
 from needle.loss.trials import (
-    DISTRIBUTIONS,
     ENDS,
     SECOND,
     Batch,

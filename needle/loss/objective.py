@@ -28,6 +28,11 @@ DISTRIBUTIONS = frozenset({"top_k", "full_logits"})
 NETWORK = frozenset({"full_logits", "features", "live"})
 
 
+def needs_of(loss: Loss, auxiliaries: Mapping[str, AuxiliarySettings]) -> frozenset[str]:
+    """All that an objective of these asks of the teacher."""
+    return frozenset().union(loss.needs, *(term.needs for term in auxiliaries.values()))
+
+
 class Measured(NamedTuple):
     """One micro-batch. `nats_RT`: the mixed loss; `loss_nats_RT`: the distillation loss alone; `label_nats_RT`:
     cross-entropy with the labels; `sums`: every term's sum over its units, for the backward pass."""

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from needle.loss.base import IGNORE, Loss, LossTerms, reduce
 from needle.loss.hard_label import cross_entropy
+from needle.loss.objective import DISTRIBUTIONS
 from needle.loss.references import REFERENCES, Case, Facts
 
 R, T, V, K = 3, 10, 13, 4
 # First label that is ignored in each row, and where a second packed segment begins. Segments are never of one length.
 ENDS, SECOND = (10, 6, 8), (4, 3, 5)
 PROGRESS = 0.4
-DISTRIBUTIONS = frozenset({"top_k", "full_logits"})
 Batch = dict[str, Tensor]
 
 
