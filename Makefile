@@ -26,7 +26,7 @@ DEMO := paths.runs=runs/demo
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate prepare teacher signals train score calibrate report demo test lint types doctor bench bench-losses bench-teacher prove lock clean
+.PHONY: help setup generate prepare teacher signals train score calibrate report dashboard tune demo test lint types doctor bench bench-losses bench-teacher prove prove-slurm lock clean
 
 help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,7 +45,7 @@ $(STAMP): requirements.lock pyproject.toml
 	fi
 	@touch $(UNFINISHED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(UV_FLAGS) --requirement requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@rm -f $(UNFINISHED)
 	@touch $@
@@ -73,6 +73,12 @@ calibrate: setup ## Fit a confidence head: make calibrate ARGS=checkpoint=runs/t
 
 report: setup ## Compare scored runs in tables and figures
 	$(BIN)/python -m needle.report $(ARGS)
+
+dashboard: setup ## Show an experiment as a local page: make dashboard EXP=001_losses
+	$(BIN)/python -m needle.dashboard show=true $(if $(EXP),exp=$(EXP)) $(ARGS)
+
+tune: setup ## Search settings: make tune ARGS="study=NAME exp=001_losses arm=forward_kl"
+	$(BIN)/python -m needle.tune $(ARGS)
 
 demo: setup ## Run the whole pipeline small: two losses, scored and compared (about ten minutes)
 	$(BIN)/python -m needle.generate
@@ -111,6 +117,11 @@ bench-teacher: setup ## Measure buying and looking up answers against a local se
 
 prove: setup ## Kill generating processes at 50 random moments and compare (ten minutes)
 	NEEDLE_KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rP -n 2 -k killed tests/test_generate.py
+
+prove-slurm: setup ## Start a Slurm of one node here (root, Debian), train through it, stop it
+	tests/servers/slurm_node.sh start
+	@status=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/launchers/test_slurm.py || status=$$?; \
+		tests/servers/slurm_node.sh stop; exit $$status
 
 # The lock names no build, host or accelerator package: each machine takes the torch build that suits it.
 lock: setup ## Resolve requirements.lock again, keeping its versions (newest: ARGS=--upgrade)

@@ -7,6 +7,7 @@ full disk or a second process can only ever leave the old state or the new one.
 import dataclasses
 import datetime
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -109,6 +110,20 @@ def publish(folder: Path, *, kind: str, inputs: Mapping[str, Any], counts: Mappi
         raise _disk_error(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a lock file while the block runs; a process that dies lets go of it. Yields False, without `wait`, where
+    another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def require(folder: Path, *, kind: str, command: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from needle.loss.balance import Balance
 from needle.loss.objective import NETWORK, Objective, needs_of
 from needle.optim import OptimSettings
 from needle.schema import Tool
-from needle.student import SimpleAttentionNetwork
+from needle.student import Architecture
 from needle.text.tokenizer import BOS, QUERY, SPECIALS, TOOLS, TextCodec, train_tokenizer
 
 Count = Annotated[int, Field(ge=1)]
@@ -180,8 +180,8 @@ BENCH_REQUEST = "turn the heating in the upstairs bathroom to 21 and dim the lig
 def main(
     cfg: dict[str, Any],
     *,
-    student: SimpleAttentionNetwork,
-    teacher_student: SimpleAttentionNetwork,
+    student: Architecture,
+    teacher_student: Architecture,
     loss: Loss,
     mixing: Mixing,
     weighting: Weighting,

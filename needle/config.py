@@ -17,13 +17,18 @@ import shlex
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from needle.errors import ConfigError, UserError
@@ -91,13 +96,7 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
         def task(cfg: DictConfig) -> None:
             previous = signal.signal(signal.SIGTERM, _terminated)
             try:
-                check(cfg, function)
-                plain = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-                built = build_settings(plain, function)
-                runtime = HydraConfig.get()
-                choices = {g: o for g, o in runtime.runtime.choices.items() if not g.startswith("hydra")}
-                choices |= listed_choices(plain)  # Hydra does not tell them
-                whole = {**plain, "_choices_": choices, "_overrides_": list(runtime.overrides.task)}
+                whole, built = prepared(cfg, function, runtime=HydraConfig.get())
                 function(whole, **built)
             except UserError as error:
                 _leave(f"needle.{name}: {error}", 2)
@@ -108,11 +107,57 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
 
         # Hydra looks at the wrapped function's file to find the configuration; ours is given as an absolute path.
         del task.__wrapped__
-        main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)
+        configured = hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(task)
+
+        def main() -> None:
+            try:
+                configured()
+            except KeyboardInterrupt:  # while a launcher waits for its jobs
+                _leave(f"needle.{name}: interrupted", INTERRUPTED)
+
         main.stage_function = function  # type: ignore[attr-defined]
         return main
 
     return decorate
+
+
+def prepared(
+    cfg: DictConfig, stage_function: Callable[..., Any], *, runtime: DictConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A composed configuration as its stage takes it: the plain dict with `_choices_` and `_overrides_`, and the built
+    settings. `runtime`: the `hydra` node that was composed with it.
+
+    Raises:
+        ConfigError: with every problem of it.
+    """
+    check(cfg, stage_function)
+    plain = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    built = build_settings(plain, stage_function)
+    choices = {g: o for g, o in runtime.runtime.choices.items() if not g.startswith("hydra")}
+    choices |= listed_choices(plain)  # Hydra does not tell them
+    return {**plain, "_choices_": choices, "_overrides_": list(runtime.overrides.task)}, built
+
+
+def compose(stage_name: str, overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+    """What `python -m needle.STAGE OVERRIDES` would be given: the stage's configuration and Hydra's own node. For a
+    stage that runs others within its process.
+
+    Raises:
+        ConfigError: Hydra refuses an override.
+    """
+    hydra.version.setbase("1.3")
+    try:
+        cfg = loader().load_configuration(stage_name, list(overrides), run_mode=RunMode.RUN)
+    except HydraException as error:
+        raise ConfigError(str(error)) from None
+    with open_dict(cfg):
+        runtime = cfg.pop("hydra")
+    return cfg, runtime
+
+
+def loader() -> ConfigLoader:
+    """Of conf/. hydra.initialize would refuse inside a stage, which Hydra has initialised already."""
+    return ConfigLoaderImpl(create_config_search_path(str(CONF)))
 
 
 def build_settings(plain: Mapping[str, Any], stage_function: Callable[..., Any]) -> dict[str, Any]:

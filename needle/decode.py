@@ -17,7 +17,6 @@ from typing import Any
 import llguidance.numpy as lln
 import numpy as np
 import torch
-from transformers.cache_utils import EncoderDecoderCache
 
 from needle.errors import DataError
 from needle.schema import Tool, ToolCall
@@ -177,7 +176,7 @@ class Decoder:
         encoded = self.model.get_encoder()(input_ids=source, attention_mask=mask)
         for row, state_D in zip(rows, _pooled(encoded.last_hidden_state, mask), strict=True):
             row.prompt_state_D = state_D
-        cache: EncoderDecoderCache | None = None
+        cache: Any = None
         live = list(rows)
         while live:
             # Rows are fed equally many tokens a step: in a batch forced tokens go one by one, alone all at once.
@@ -207,7 +206,7 @@ class Decoder:
                 live = [live[i] for i in kept]
                 if live:
                     chosen = torch.tensor(kept, device=device)
-                    cache = _rows(cache, chosen)
+                    cache.batch_select_indices(chosen)
                     encoded = type(encoded)(**{name: value[chosen] for name, value in encoded.items()})
                     mask = mask[chosen]
 
@@ -298,11 +297,3 @@ def _pooled(states_BSD: torch.Tensor, mask_BS: torch.Tensor) -> np.ndarray:
     """[B, D]: the mean encoder state of each prompt."""
     weights_BS1 = mask_BS.unsqueeze(-1).to(states_BSD.dtype)
     return ((states_BSD * weights_BS1).sum(dim=1) / weights_BS1.sum(dim=1)).float().cpu().numpy()
-
-
-def _rows(cache: EncoderDecoderCache, chosen: torch.Tensor) -> EncoderDecoderCache:
-    """The cache of the chosen rows."""
-    for part in (cache.self_attention_cache, cache.cross_attention_cache):
-        for layer in part.layers:
-            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
-    return cache

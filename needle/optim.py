@@ -17,6 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from needle.student.matrices import cut_of, embedding_of, layer_matrices
+
 # Jordan et al. 2024: a quintic whose iteration drives singular values into about [0.7, 1.2].
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -134,16 +136,13 @@ class OptimSettings:
         do the parameters of `beside`, which a loss learns for itself."""
         embedding, rest = [], list(beside.parameters()) if beside is not None else []
         matrices: dict[tuple[int, bool], list[Tensor]] = defaultdict(list)
+        layers, embedded = set(layer_matrices(model)), embedding_of(model)
         for name, parameter in model.named_parameters():
-            owner, _, role = name.removesuffix(".weight").rpartition(".")
-            if "embedding" in name:
+            if parameter is embedded:
                 embedding.append(parameter)
-            elif parameter.ndim == 2 and "attention" in owner:
-                attention = model.get_submodule(owner)
-                heads = attention.kv_heads if role in ("key", "value") else attention.heads
-                matrices[(heads if self.muon_by_head else 1), role == "output"].append(parameter)
-            elif parameter.ndim == 2 and "feed_forward" in owner:
-                matrices[1, False].append(parameter)
+            elif name in layers:
+                heads, by_column = cut_of(name, config=model.config)
+                matrices[(heads if self.muon_by_head else 1), by_column].append(parameter)
             else:
                 rest.append(parameter)
         shared = {"betas": tuple(self.betas), "eps": self.eps, "kind": "adamw"}

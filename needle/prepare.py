@@ -69,6 +69,8 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
     splits = {split: _read(corpus, split, data) for split in ("train", *EVALUATION_SPLITS)}
     if not splits["train"]:
         raise ConfigError(f"data.split.domains={data.split.domains} leave no training request")
+    if data.train_requests is not None and len(splits["train"]) < data.train_requests:
+        raise ConfigError(f"data.train_requests={data.train_requests}: this slice has {len(splits['train'])}")
     given, refused = _given(data, corpus)
     mixer = _mixer(data, corpus, splits["train"], tools, given)
     counts: dict[str, Any] = {"given": {"examples": len(given), "refused": len(refused)}}
@@ -140,7 +142,12 @@ def _tools(corpus: Path) -> dict[str, tuple[Tool, ...]]:
 
 def _read(corpus: Path, split: str, data: DataSettings) -> list[Example]:
     """The split's requests in the slice. Unseen domains are in every slice: they are what it is not trained on."""
-    return [e for e in _read_all(corpus, split) if split == "unseen" or data.split.uses(e.domain)]
+    used = [e for e in _read_all(corpus, split) if split == "unseen" or data.split.uses(e.domain)]
+    if split != "train" or data.train_requests is None:
+        return used
+    # By a hash of their ids: the first n of one order, so that smaller choices lie within larger ones.
+    chosen = set(sorted((artifacts.fingerprint(id=e.id), e.id) for e in used)[: data.train_requests])
+    return [e for e in used if (artifacts.fingerprint(id=e.id), e.id) in chosen]
 
 
 def _read_all(corpus: Path, split: str) -> list[Example]:

@@ -8,6 +8,8 @@ A run from a tree with uncommitted changes is shown and is no result: results.cs
 """
 
 import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +19,9 @@ from needle import artifacts, config
 from needle.reporting import figures, page, tables
 from needle.reporting.collect import check_metrics, collect
 from needle.reporting.compare import Bootstrap, compare, equality, notices
-from needle.runs import Paths
-from needle.scores import select_runs
+from needle.runs import EXECUTION, Paths
+from needle.scores import TrainingRun, select_runs
+from needle.tracking import Tracking
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FIGURES = ("differences.png", "learning_curves.png", "by_kind.png", "size.png")
@@ -40,15 +43,17 @@ def main(
     tokens_tolerance_frac: Fraction,
     bootstrap: Bootstrap,
     ignored: list[str],
+    arms: dict[str, str],
+    logger: Tracking,
     paths: Paths,
 ) -> None:
     check_metrics(metrics)
     collection = collect(
-        select_runs(runs, root=paths.runs),
+        _named(select_runs(runs, root=paths.runs), arms),
         suite=suite,
         checkpoint=checkpoint,
         where=where,
-        ignored=ignored,
+        ignored=[*ignored, *EXECUTION],
         allow_dirty=allow_dirty,
     )
     settings = collection.settings
@@ -75,10 +80,19 @@ def main(
     artifacts.write_text_atomic(output / "results.md", markdown)
     html = page.render(collection, rows, drawn, **head, **told, examples=examples, command=command)
     artifacts.write_text_atomic(output / "report.html", html)
+    compared = [(one.run.folder, one.run.config, one.score_file) for setting in settings for one in setting.runs]
+    logger.report(output, compared, root=paths.runs)
     print(page.verdict(headline))
     for notice in told["notices"]:
         print(f"  {notice}")
     print(f"report: {output / 'report.html'}")
+
+
+def _named(runs: Sequence[TrainingRun], arms: Mapping[str, str]) -> list[TrainingRun]:
+    """The runs under the names that an experiment has for them: one run may be an arm of two experiments."""
+    return [
+        replace(run, config={**run.config, "arm": arms.get(str(run.folder), run.config.get("arm"))}) for run in runs
+    ]
 
 
 def method(bootstrap: Bootstrap) -> str:

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,31 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from needle.artifacts import source_state, write_json_atomic, write_text_atomic
+from needle.artifacts import fingerprint, source_state, write_json_atomic, write_text_atomic
 from needle.errors import DataError
 
 RUN_VERSION = 1
+# Keys that say how a run is named, executed and watched, and nothing of what it is.
+EXECUTION = (
+    "name",
+    "arm",
+    "sweep",
+    "suites",
+    "samples",
+    "resume",
+    "logger",
+    "paths",
+    "student.name",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.strategy",
+    "trainer.threads",
+    "trainer.compile",
+    "trainer.rows_per_micro_batch",
+    "trainer.validate_every_steps",
+    "trainer.checkpoint_every_steps",
+    "trainer.log_every_steps",
+)
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "llguidance", "hydra-core", "wandb", "numpy")
 
 
@@ -96,6 +118,22 @@ class Run:
                 print(f"could not record how {self.folder} ended: {second}", file=sys.stderr)
 
 
+def identity(cfg: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """What a run is, as 12 hexadecimal digits: its resolved settings without EXECUTION, and the hashes of its inputs.
+    Runs of one identity would have one outcome."""
+
+    def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        found = {}
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if name in EXECUTION or (not prefix and key.startswith("_")):
+                continue
+            found[key] = kept(value, f"{name}.") if isinstance(value, Mapping) else value
+        return found
+
+    return fingerprint(settings=kept(cfg, ""), inputs=inputs)
+
+
 def claim(root: Path, *, stage: str, name: str, cfg: dict[str, Any], inputs: dict[str, str]) -> Run:
     """Makes ROOT/STAGE/NAME-TIME-XXXX and records configuration, source, environment, hardware and inputs in it."""
     parent = Path(root) / stage
@@ -123,6 +161,7 @@ def claim(root: Path, *, stage: str, name: str, cfg: dict[str, Any], inputs: dic
         "environment": {"python": platform.python_version(), **_versions()},
         "hardware": _hardware(),
         "inputs": inputs,
+        "identity": identity(cfg, inputs),
         "facts": {},
     }
     write_json_atomic(folder / "run.json", record)

@@ -100,6 +100,29 @@ def main(
     Console(width=None if sys.stdout.isatty() else 140).print(_summary(runs, names))
 
 
+def score_run(folder: Path, *, suites: Sequence[str]) -> dict[str, float]:
+    """Scores a run's final student under conf/score.yaml's settings, what is scored already excepted.
+
+    Returns:
+        `SUITE/METRIC` -> value.
+
+    Raises:
+        DataError: a suite is not there.
+    """
+    wanted = [f"run={json.dumps(str(folder))}", f"suites={json.dumps(list(suites))}", "checkpoints=[final]"]
+    cfg, runtime = config.compose("score", [*wanted, "threads=null"])
+    whole, built = config.prepared(cfg, main.stage_function, runtime=runtime)
+    main.stage_function(whole, **built)
+    run = TrainingRun.open(folder)
+    found: dict[str, float] = {}
+    for suite in _suites(run, suites):
+        name = score_name(suite.name, constrained=built["constrained"], limit=built["limit"])
+        score = read_score(score_path(folder, checkpoint="final", name=name))
+        metrics = score["metrics"] if score else {}
+        found |= {f"{name}/{metric}": value for metric, value in metrics.items() if value is not None}
+    return found
+
+
 def _suites(run: TrainingRun, wanted: Sequence[str]) -> list[Suite]:
     """Raises DataError for a suite that is not there, ConfigError for two of one name."""
     found = []

@@ -23,6 +23,7 @@ import pytorch_lightning as pl
 import torch
 from pydantic import Field
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from transformers import PreTrainedModel
 
 from needle import artifacts, config
 from needle.checkpoints import AtomicCheckpoints, newest_checkpoint, step_of
@@ -33,6 +34,7 @@ from needle.data.shards import Shard
 from needle.decode import Decoder
 from needle.distil import Distillation, TrainerSettings
 from needle.errors import ConfigError, DataError
+from needle.experiment import Sweep
 from needle.loss import AuxiliarySettings, Contrastive, Loss, Mixing, Weighting
 from needle.loss.balance import Balance
 from needle.loss.objective import NETWORK, Objective, needs_of
@@ -44,7 +46,8 @@ from needle.rollouts import Rollouts, RolloutSettings, Scorer
 from needle.rollouts import check_legal as check_rollouts
 from needle.runs import Paths, Run, claim, reopen
 from needle.schema import canonical_json, read_examples
-from needle.student import SANForConditionalGeneration, SimpleAttentionNetwork, load, save
+from needle.score import score_run
+from needle.student import Architecture, load, save
 from needle.teacher.aligned import Alignment, check_alignment, signals_folder, stored_temperature
 from needle.teacher.base import Teacher, check_legal
 from needle.text.tokenizer import TextCodec
@@ -60,7 +63,7 @@ class Settings:
     alignment: Alignment
     data: DataSettings
     curriculum: Curriculum
-    student: SimpleAttentionNetwork
+    student: Architecture
     loss: Any
     mixing: Mixing
     weighting: Weighting
@@ -75,6 +78,9 @@ class Settings:
     initial: Path | None
     resume: Path | None
     samples: int
+    suites: tuple[str, ...]
+    arm: str | None
+    sweep: Sweep
     seed: int
 
     @property
@@ -89,7 +95,7 @@ def legal(
     loss: Loss,
     auxiliaries: Mapping[str, AuxiliarySettings],
     alignment: Alignment,
-    student: SimpleAttentionNetwork,
+    student: Architecture,
     data: DataSettings,
     curriculum: Curriculum,
     rollouts: RolloutSettings,
@@ -97,11 +103,7 @@ def legal(
 ) -> None:
     """The teacher x loss x data rule, checked while the configuration is composed."""
     curriculum.check(symbolic_examples=data.symbolic_examples)
-    if not student.retrieval_width and any(isinstance(term, Contrastive) for term in auxiliaries.values()):
-        raise ConfigError(
-            "student.retrieval_width=0: auxiliary=contrastive trains a retrieval head, which this student lacks; "
-            "set student.retrieval_width=128"
-        )
+    _check_student(student, auxiliaries)
     gives = {"capabilities": teacher.capabilities, "tokenizer": teacher.tokenizer}
     for asking in (loss, *auxiliaries.values()):
         names = {"loss_name": type(asking).__name__, "teacher_name": type(teacher).__name__}
@@ -125,6 +127,24 @@ def legal(
         )
 
 
+def _check_student(student: Architecture, auxiliaries: Mapping[str, AuxiliarySettings]) -> None:
+    """Raises ConfigError where a term beside the loss asks for what the student does not have."""
+    for name, term in auxiliaries.items():
+        contrastive = isinstance(term, Contrastive)
+        wanted = "retrieval" if contrastive else "taps" if "features" in term.needs else None
+        if wanted is not None and wanted not in student.offers:
+            what = "a retrieval head" if contrastive else "inner layers to compare"
+            raise ConfigError(
+                f"student={student.name} has no {what.removeprefix('a ')}, and auxiliary={name} needs {what}: take an "
+                f"encoder-decoder (student=san_nano to san_large), or leave {name} out of auxiliary=[...]"
+            )
+        if contrastive and not student.retrieval_width:
+            raise ConfigError(
+                "student.retrieval_width=0: auxiliary=contrastive trains a retrieval head, which this student lacks; "
+                "set student.retrieval_width=128"
+            )
+
+
 @config.stage("train")
 @config.cross_check(legal)
 def main(
@@ -135,7 +155,7 @@ def main(
     alignment: Alignment,
     data: DataSettings,
     curriculum: Curriculum,
-    student: SimpleAttentionNetwork,
+    student: Architecture,
     loss: Loss,
     mixing: Mixing,
     weighting: Weighting,
@@ -150,13 +170,54 @@ def main(
     initial: Path | None,
     resume: Path | None,
     samples: Annotated[int, Field(ge=0)],
+    suites: tuple[str, ...],
+    arm: str | None,
+    sweep: Sweep,
     seed: Annotated[int, Field(ge=0)],
 ) -> None:
     settings = Settings(**{key: value for key, value in locals().items() if key != "cfg"})
     if resume is not None:
-        _continue(resume, trainer.steps if _new_length(cfg["_overrides_"]) else None)
+        go_on(resume, trainer.steps if _new_length(cfg["_overrides_"]) else None)
     else:
-        _train(cfg, settings, run=None, checkpoint=None)
+        start(cfg, settings)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run reads; `inputs` names each by its content."""
+
+    shards: Path
+    signals: Path | None
+    inputs: Mapping[str, str]
+
+
+def sources(settings: Settings) -> Sources:
+    """Worked out from the settings: shards and signals need not be there yet.
+
+    Raises:
+        DataError: a file that they are named after cannot be read.
+    """
+    shards, signals = shards_folder(settings.paths, settings.data), None
+    inputs = {"shards": shards.name}
+    if "top_k" in settings.needs:
+        where = {"artifacts": settings.paths.artifacts, "shards": shards}
+        signals = signals_folder(settings.teacher, alignment=settings.alignment, **where)
+        inputs["signals"] = signals.name
+    if settings.initial is not None:
+        inputs["initial"] = artifacts.hash_file(settings.initial / "model.safetensors")
+    if settings.needs & NETWORK or settings.rollouts.on:
+        inputs["teacher"] = settings.teacher.student_identity()
+    return Sources(shards, signals, inputs)
+
+
+def start(cfg: dict[str, Any], settings: Settings) -> Path:
+    """Trains from the first step; returns the run's folder.
+
+    Raises:
+        DataError: shards or signals are not there, or are damaged.
+        KeyboardInterrupt: it was stopped, and can go on.
+    """
+    return _train(cfg, settings, run=None, checkpoint=None)
 
 
 def _new_length(overrides: Sequence[str]) -> bool:
@@ -192,7 +253,14 @@ def config_of(run: Run) -> dict[str, Any]:
     return cfg
 
 
-def _continue(folder: Path, steps: int | None) -> None:
+def go_on(folder: Path, steps: int | None) -> Path:
+    """Continues a run from its newest checkpoint, to another length where `steps` says so.
+
+    Raises:
+        DataError: there is nothing to continue.
+        ConfigError: it is too late for that length.
+        KeyboardInterrupt: it was stopped again.
+    """
     run = reopen(folder)
     checkpoint = newest_checkpoint(run.folder / "checkpoints")
     cfg = config_of(run)
@@ -205,34 +273,27 @@ def _continue(folder: Path, steps: int | None) -> None:
             )
         cfg["trainer"]["steps"] = steps
     run.resume(cfg)
-    _train(cfg, Settings(**config.build_settings(cfg, main.stage_function)), run=run, checkpoint=checkpoint)
+    return _train(cfg, Settings(**config.build_settings(cfg, main.stage_function)), run=run, checkpoint=checkpoint)
 
 
-def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoint: Path | None) -> None:
+def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoint: Path | None) -> Path:
     teacher, trainer, seed = settings.teacher, settings.trainer, settings.seed
-    shards = shards_folder(settings.paths, settings.data)
+    found = sources(settings)
+    shards, signals = found.shards, found.signals
     artifacts.require(shards, kind="shards", command="python -m needle.prepare " + config.as_overrides(cfg, "data"))
-    inputs = {"shards": shards.name}
-    signals = None
-    if "top_k" in settings.needs:
-        where = {"artifacts": settings.paths.artifacts, "shards": shards}
-        signals = signals_folder(teacher, alignment=settings.alignment, **where)
+    if signals is not None:
         command = f"python -m needle.signals {config.as_overrides(cfg, 'data', 'teacher', 'alignment')}"
         artifacts.require(signals, kind="signals", command=command)
-        inputs["signals"] = signals.name
 
     torch.set_flush_denormal(True)
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     pl.seed_everything(seed, verbose=False)
     model, codec = _initial_student(settings.initial, settings.student, shards)
-    if settings.initial is not None:
-        inputs["initial"] = artifacts.hash_file(settings.initial / "model.safetensors")
     network = None
     if settings.needs & NETWORK or settings.rollouts.on:
         teacher.check_tokenizer(shards)
         network = teacher.network()
-        inputs["teacher"] = teacher.student_identity()
     # Built after the student, so that what a loss learns does not change the student's first weights.
     objective = Objective(
         loss=settings.loss,
@@ -245,9 +306,9 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
     )
     packed = _packed(settings, shards, signals)
     if run is None:
-        run = claim(settings.paths.runs, stage="train", name=settings.name, cfg=cfg, inputs=inputs)
+        run = claim(settings.paths.runs, stage="train", name=settings.name, cfg=cfg, inputs=found.inputs)
         save(model, codec, run.folder / "initial")
-    with run:
+    with run, settings.logger:
         run.note(shards=str(shards), parameters=sum(p.numel() for p in model.parameters()))
         rollouts = _rollouts(settings, model, codec, network) if settings.rollouts.on else None
         built = {"student": model, "objective": objective, "optim": settings.optim, "rollouts": rollouts}
@@ -264,18 +325,22 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
         if stopped:
             print(f"stopped at step {module.global_step}; continue with: python -m needle.train resume={run.folder}")
             run.finish("interrupted")
-            raise SystemExit(130)
+            settings.logger.close(1)
+            raise KeyboardInterrupt
         run.note(**settings.quantisation.finish(model))
         save(model, codec, run.folder / "model")
         if settings.samples:
             _sample_answers(model, codec, shards, settings.samples, settings.logger, run)
+        if settings.suites:
+            settings.logger.summary(score_run(run.folder, suites=settings.suites))
         settings.logger.close(0)
         run.finish("finished")
     print(f"run: {run.folder}")
+    return run.folder
 
 
 def _rollouts(
-    settings: Settings, model: SANForConditionalGeneration, codec: TextCodec, network: torch.nn.Module | None
+    settings: Settings, model: PreTrainedModel, codec: TextCodec, network: torch.nn.Module | None
 ) -> Rollouts:
     """`network`: the teacher's. It scores here where the loss reads stored distributions; where it reads logits, the
     objective runs it."""
@@ -310,9 +375,7 @@ def _packed(settings: Settings, shards: Path, signals: Path | None) -> PackedDat
     )
 
 
-def _initial_student(
-    initial: Path | None, student: SimpleAttentionNetwork, shards: Path
-) -> tuple[SANForConditionalGeneration, TextCodec]:
+def _initial_student(initial: Path | None, student: Architecture, shards: Path) -> tuple[PreTrainedModel, TextCodec]:
     codec = TextCodec.load(shards)
     if initial is None:
         return student.build(codec).train(), codec
@@ -323,8 +386,13 @@ def _initial_student(
             f"data.text.tokenizer={initial}"
         )
     fresh = student.build(codec)
-    wanted = fresh.config.to_diff_dict()
-    differing = [key for key, value in wanted.items() if key in vars(student) and getattr(model.config, key) != value]
+    if type(model) is not type(fresh):
+        raise DataError(
+            f"initial={initial} is a {model.config.model_type} student, student={student.name} makes a "
+            f"{fresh.config.model_type}: start from a student of the same architecture, or choose its student=..."
+        )
+    wanted = {key: getattr(fresh.config, key) for key in vars(student) if key != "name"}
+    differing = [key for key, value in wanted.items() if getattr(model.config, key) != value]
     if differing == ["retrieval_width"] and not model.config.retrieval_width:
         # A head may be put on a student that has none: it starts fresh, all else is the initial student's.
         fresh.load_state_dict(model.state_dict(), strict=False)
@@ -397,7 +465,7 @@ def _fit(
 
 
 def _sample_answers(
-    model: SANForConditionalGeneration, codec: TextCodec, shards: Path, count: int, logger: Tracking, run: Run
+    model: PreTrainedModel, codec: TextCodec, shards: Path, count: int, logger: Tracking, run: Run
 ) -> None:
     """A table of validation requests with the student's answers, in the run folder and in W&B."""
     examples, _ = read_examples(shards / "validation.jsonl")

@@ -22,6 +22,7 @@ ACRONYMS = {"kd", "kl", "taid", "uld"}
 ASKED_FOR = {
     "calibrate": ["checkpoint=a"],
     "predict": ["checkpoint=a", "input=b", "output=c"],
+    "tune": ["study=s"],
     "teacher/openai_compatible": ["teacher.provider=p", "teacher.model=m", "teacher.base_url=null"],
 }
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from running import running
 
 from needle import config
 from needle.errors import ConfigError
@@ -110,6 +111,25 @@ def test_wandb_offline_run_holds_the_whole_configuration(uninterrupted: Path):
     text = stored.read_bytes()
     for key in (b"copies_per_request", b"muon_lr", b"decoder_layers", b"train/loss_value_nats"):
         assert key in text, key
+
+
+def test_an_offline_run_is_sent_with_its_losses_and_its_lineage(prepared: Path, uninterrupted: Path, tmp_path: Path):
+    with running("wandb_server.py", "--folder", str(tmp_path)) as server:
+        own = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "needle.tracking", str(prepared / "runs")]
+        done = subprocess.run(command, env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sent = json.loads((tmp_path / "runs" / f"{uninterrupted.name}.json").read_text())
+    kept = [json.loads(line) for line in (uninterrupted / "history.jsonl").read_text().splitlines()]
+    assert any("train/loss_value_nats" in line for line in kept)
+    shown = [{key: value for key, value in line.items() if key[0] != "_"} for line in sent["history"]]
+    for line, own in zip(shown, kept, strict=False):  # the last lines hold tables
+        step = {"trainer/global_step": own.pop("step")}
+        assert line == pytest.approx({key: value for key, value in own.items() if key != "time_s"} | step, abs=1e-6)
+    assert len(shown) >= len(kept)
+    (shards,) = (prepared / "artifacts").glob("shards-*")
+    assert sent["used"] == [shards.name]
+    assert f"{uninterrupted.name}.model" in sent["logged"]
 
 
 def test_kill_and_resume_gives_the_uninterrupted_trace(workplace: Path, uninterrupted: Path):

@@ -43,7 +43,8 @@ class DataSettings:
     """`corpus`: folder of the recorded teacher's files. `answers`: which of a teacher's samples a training request is
     learnt from: the first (the commonest, the recorded one), or all, each an example of its own that is weighed by its
     share. `given`: JSONL files of examples with their tools, which join the training examples. `symbolic_examples`:
-    how many a curriculum may mix in (needle.corpus.symbolic)."""
+    how many a curriculum may mix in (needle.corpus.symbolic). `train_requests`: so many of the slice's training
+    requests, the same for every seed, a smaller number among those of a larger; null: all."""
 
     corpus: Path
     answers: Literal["first", "all"]
@@ -55,5 +56,6 @@ class DataSettings:
     evaluation: EvaluationSettings
     text: TextSettings
     packing: PackingSettings
+    train_requests: Count | None
     copies_per_request: Count
     seed: Annotated[int, Field(ge=0)]

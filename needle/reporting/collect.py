@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,9 @@ def collect(
     for (values, _), members in groups.items():
         chosen, older = _newest_of_each_seed(members)
         left_out += [(one.run.folder.name, "a newer run has the same setting and seed") for one in older]
-        label = _label(_telling(dict(values), factors), chosen[0].run)
+        label = _arm(chosen) or _label(_telling(dict(values), factors), chosen[0].run)
         settings.append(Setting(label, dict(values), tuple(chosen), is_clean=not any(one.dirty for one in chosen)))
+    settings = _distinct(settings)
     settings.sort(key=lambda setting: (setting.parameters, setting.label, not setting.is_clean))
     return Collection(tuple(settings), tuple(sorted(left_out)))
 
@@ -185,6 +186,23 @@ def _factors(runs: Sequence[TrainingRun], *, ignored: Sequence[str]) -> list[dic
         {name: choice[name] if name in choice else one.get(name, ABSENT) for name in names}
         for choice, one in zip(choices, leaves, strict=True)
     ]
+
+
+def _arm(runs: Sequence[ScoredRun]) -> str | None:
+    """The name that an experiment gave to the setting, where all of its runs carry one."""
+    names = {one.run.config.get("arm") for one in runs}
+    return names.pop() if len(names) == 1 else None
+
+
+def _distinct(settings: Sequence[Setting]) -> list[Setting]:
+    """Settings of one label, such as an arm that a grid runs with two students, get what tells them apart beside it."""
+    found = []
+    for setting in settings:
+        same = [other for other in settings if (other.label, other.is_clean) == (setting.label, setting.is_clean)]
+        telling = [name for name in setting.factors if len({other.factors[name] for other in same}) > 1]
+        label = ", ".join([setting.label, *(f"{name}={setting.factors[name]}" for name in telling)])
+        found.append(replace(setting, label=label))
+    return found
 
 
 def _telling(values: Mapping[str, str], factors: Sequence[Mapping[str, str]]) -> dict[str, str]:

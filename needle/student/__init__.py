@@ -1,30 +1,51 @@
 """Students as transformers models; importing this package registers them with the Auto classes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 import transformers.utils.logging
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from needle.errors import DataError
+from needle.student.architecture import Architecture
 from needle.student.confidence import load_head, remove_head
+from needle.student.decoder_only import DecoderOnlyNetwork, DecoderOnlySAN, DecoderOnlySANConfig
+from needle.student.llama_style import LlamaStyle, LlamaStyleConfig, LlamaStyleNetwork
 from needle.student.san import SANConfig, SANForConditionalGeneration, SimpleAttentionNetwork
+from needle.student.t5_style import T5Style, T5StyleConfig, T5StyleNetwork
 from needle.text.tokenizer import TextCodec
 
 # A bar for a model that loads in a blink hides the lines that matter.
 transformers.utils.logging.disable_progress_bar()
-AutoConfig.register("needle_san", SANConfig, exist_ok=True)
-AutoModelForSeq2SeqLM.register(SANConfig, SANForConditionalGeneration, exist_ok=True)
+STUDENTS = {
+    SANConfig: SANForConditionalGeneration,
+    DecoderOnlySANConfig: DecoderOnlySAN,
+    T5StyleConfig: T5Style,
+    LlamaStyleConfig: LlamaStyle,
+}
+for _config, _model in STUDENTS.items():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(_config, _model, exist_ok=True)
 
-__all__ = ["SANConfig", "SANForConditionalGeneration", "SimpleAttentionNetwork", "load", "save"]
+__all__ = [
+    "Architecture",
+    "DecoderOnlyNetwork",
+    "LlamaStyleNetwork",
+    "SANConfig",
+    "SANForConditionalGeneration",
+    "SimpleAttentionNetwork",
+    "T5StyleNetwork",
+    "load",
+    "save",
+]
 
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "needle_text.json")
 
 
-def load(folder: Path) -> tuple[SANForConditionalGeneration, TextCodec]:
+def load(folder: Path) -> tuple[PreTrainedModel, TextCodec]:
     """A saved student, in evaluation mode, with its tokenizer.
 
     Its `confidence_head` is the one that needle.calibrate fitted to it, or None: no part of the model, not moved with
@@ -40,12 +61,13 @@ def load(folder: Path) -> tuple[SANForConditionalGeneration, TextCodec]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            wanted = AutoModelForSeq2SeqLM.from_config(config).state_dict()
+            wanted = AutoModelForSeq2SeqLM.from_config(config)
     except Exception as error:  # json, torch and transformers each raise their own
         raise DataError(f"{folder / 'config.json'} describes no student: {error}") from error
-    if not isinstance(config, SANConfig):
-        raise DataError(f"{folder} holds a {config.model_type} model, not a {SANConfig.model_type}")
-    _check_weights(folder / "model.safetensors", wanted)
+    if type(config) not in STUDENTS:
+        known = ", ".join(one.model_type for one in STUDENTS)
+        raise DataError(f"{folder} holds a {config.model_type} model, not one of {known}")
+    _check_weights(folder / "model.safetensors", wanted.state_dict(), tied=wanted.all_tied_weights_keys)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, local_files_only=True)
     codec = TextCodec.load(folder)
     if codec.vocab_size != model.config.vocab_size:
@@ -58,16 +80,15 @@ def load(folder: Path) -> tuple[SANForConditionalGeneration, TextCodec]:
     return model.eval(), codec
 
 
-def _check_weights(path: Path, wanted: Mapping[str, Tensor]) -> None:
+def _check_weights(path: Path, wanted: Mapping[str, Tensor], *, tied: Collection[str]) -> None:
     """Raises DataError when the file is damaged or holds other shapes than the model's. It reads the header only:
-    transformers would print a table and fill what does not fit with random numbers."""
+    transformers would print a table and fill what does not fit with random numbers. `tied` tensors are stored once."""
     try:
         with safe_open(path, framework="pt") as weights:
             stored = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except Exception as error:  # safetensors raises its own
         raise DataError(f"cannot read {path}: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    tied = SANForConditionalGeneration._tied_weights_keys  # stored once
     for name in sorted(shapes.keys() | stored.keys()):
         if shapes.get(name) != stored.get(name) and not (name in tied and name not in stored):
             raise DataError(
@@ -76,7 +97,7 @@ def _check_weights(path: Path, wanted: Mapping[str, Tensor]) -> None:
             )
 
 
-def save(model: SANForConditionalGeneration, codec: TextCodec, folder: Path) -> None:
+def save(model: PreTrainedModel, codec: TextCodec, folder: Path) -> None:
     """Writes weights (safetensors), configuration and tokenizer; `load` reads them back. A confidence head that the
     folder holds was fitted to the weights before, and goes."""
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from needle.student.matrices import embedding_of, layer_matrices
+
 
 class Quantised(NamedTuple):
     """weight[o, i] = codes[o, n, g] * scales[o, n, 1] with i = n * G + g. Where G does not divide the inputs, the last
@@ -48,12 +50,8 @@ def quantisable(student: nn.Module, *, embedding: bool) -> dict[str, nn.Paramete
     Raises:
         ValueError: the student has none.
     """
-    found = {}
-    for name, parameter in student.named_parameters():
-        owner, _, _ = name.removesuffix(".weight").rpartition(".")
-        in_layer = "attention" in owner or "feed_forward" in owner
-        if parameter.ndim == 2 and (in_layer or (embedding and "embedding" in name)):
-            found[name] = parameter
+    layers, embedded = set(layer_matrices(student)), embedding_of(student) if embedding else None
+    found = {name: p for name, p in student.named_parameters() if name in layers or p is embedded}
     if not found:
         raise ValueError(f"{type(student).__name__} has no matrices of attention or feed-forward layers to quantise")
     return found

@@ -109,8 +109,8 @@ def head_of(model: nn.Module) -> RetrievalHead:
     head = getattr(model, "retrieval_head", None)
     if not isinstance(head, RetrievalHead):
         raise ConfigError(
-            "student.retrieval_width=0: this student has no retrieval head; train one with "
-            "student.retrieval_width=128 auxiliary=[contrastive]"
+            "student.retrieval_width=0: this student has no retrieval head; train an encoder-decoder (student=san_nano "
+            "to san_large) with student.retrieval_width=128 auxiliary=[contrastive]"
         )
     return head
 

@@ -23,7 +23,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from needle.student.architecture import Architecture, Offer, check_heads
 from needle.student.retrieval import RetrievalHead
+from needle.student.segments import same_segment, segments_of
 from needle.text.tokenizer import BOS, EOS, PAD, QUERY, TOOLS, TextCodec
 
 NORM_EPSILON = 1e-6
@@ -96,8 +98,8 @@ class SANConfig(PreTrainedConfig):
 
 
 @dataclass(frozen=True)
-class SimpleAttentionNetwork:
-    """A student architecture as conf/student names it; `build` needs the tokenizer."""
+class SimpleAttentionNetwork(Architecture):
+    """The encoder-decoder. With `ffn_width` above 0 it is no longer attention only."""
 
     name: str
     width: Annotated[int, Field(ge=16)]
@@ -116,16 +118,12 @@ class SimpleAttentionNetwork:
     selective_read: bool
     retrieval_width: Annotated[int, Field(ge=0)]
     dropout_frac: Annotated[float, Field(ge=0, lt=1)]
+    offers: ClassVar[frozenset[Offer]] = frozenset({"retrieval", "taps"})
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.heads % self.kv_heads or (self.width // self.heads) % 2:
-            raise ValueError(
-                f"width={self.width} heads={self.heads} kv_heads={self.kv_heads}: width must divide into heads of even "
-                "width, and heads into kv_heads"
-            )
+        check_heads(width=self.width, heads=self.heads, kv_heads=self.kv_heads)
 
     def build(self, codec: TextCodec) -> "SANForConditionalGeneration":
-        """A freshly initialised student for a tokenizer; seed torch before."""
         settings = {key: value for key, value in vars(self).items() if key != "name"}
         config = SANConfig(vocab_size=codec.vocab_size, separator_id=codec.separator_id, **settings)
         model = SANForConditionalGeneration(config)
@@ -146,11 +144,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions_T: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [T, E/2] (Su et al. 2021)."""
+    """Cosines and sines, each [T, E/2] (Su et al. 2021); of positions [B, T] each [B, T, E/2]."""
     frequencies = theta ** (
         -torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width
     )
-    angles = positions_T.float()[:, None] * frequencies
+    angles = positions_T.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -473,9 +471,9 @@ class SANEncoder(SANPreTrainedModel):
         source_segments_BS: Tensor | None = None,
         **_: Any,
     ) -> SANEncoderOutput:
-        segments = _segments(input_ids, attention_mask, source_segments_BS)
+        segments = segments_of(input_ids, attention_mask, source_segments_BS)
         embedded = self.embedding(input_ids) * math.sqrt(self.config.width)
-        mask = _same_segment(segments, segments)
+        mask = same_segment(segments, segments)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
         x, scores = embedded, None
@@ -567,7 +565,7 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-        source_segments = _segments(encoder_outputs.source_ids, attention_mask, source_segments_BS)
+        source_segments = segments_of(encoder_outputs.source_ids, attention_mask, source_segments_BS)
         length = decoder_input_ids.shape[1]
         if target_segments_BT is None:
             target_segments = source_segments.new_ones(decoder_input_ids.shape)
@@ -578,9 +576,9 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
         self_mask = (
             causal[None, None]
             if target_segments_BT is None
-            else causal & _same_segment(target_segments, target_segments)
+            else causal & same_segment(target_segments, target_segments)
         )
-        cross_mask = _same_segment(target_segments, source_segments)
+        cross_mask = same_segment(target_segments, source_segments)
 
         angles = rotary_angles(positions, self.config.width // self.config.heads, self.config.rope_theta)
         x = self.embedding(decoder_input_ids) * math.sqrt(self.config.width)
@@ -612,15 +610,3 @@ class SANForConditionalGeneration(SANPreTrainedModel, GenerationMixin):
 
 def _stem(letters: str) -> int:
     return sum(min(ord(letter), 2**LETTER_BITS - 1) << (LETTER_BITS * place) for place, letter in enumerate(letters))
-
-
-def _segments(ids_BS: Tensor, attention_mask: Tensor | None, segments_BS: Tensor | None) -> Tensor:
-    if segments_BS is not None:
-        return segments_BS
-    return torch.ones_like(ids_BS) if attention_mask is None else attention_mask.to(ids_BS.dtype)
-
-
-def _same_segment(queries_BT: Tensor, keys_BS: Tensor) -> Tensor:
-    """[B, 1, T, S]: True within one example. Padding queries see everything, since a row without any key is NaN."""
-    same = queries_BT[:, :, None] == keys_BS[:, None, :]
-    return (same | (queries_BT == 0)[:, :, None]).unsqueeze(1)

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from needle.errors import ConfigError
+
 Part = Literal["encoder", "decoder", "cross"]
 What = Literal["states", "queries", "keys", "values"]
 ATTENTION = {"encoder": "attention", "decoder": "self_attention", "cross": "cross_attention"}
@@ -83,7 +85,17 @@ class Taps:
 
 
 def depths(network: Any) -> dict[Part, int]:
-    """Number of layers of each part."""
+    """Number of layers of each part.
+
+    Raises:
+        ConfigError: the network is none whose layers can be read.
+    """
+    if not hasattr(network, "decoder_layers"):
+        raise ConfigError(
+            f"{type(network).__name__} has no layers that needle.student.taps reads: compare inner layers of "
+            "encoder-decoders, student=san_nano to san_large and a teacher of that kind, or leave out "
+            "auxiliary=[hidden_states,attention_relations]"
+        )
     encoder, decoder = len(network.encoder.layers), len(network.decoder_layers)
     return {"encoder": encoder, "decoder": decoder, "cross": decoder}
 

@@ -65,10 +65,14 @@ class CheckpointTeacher:
         """Names the exact student: hash of its weights, configuration and tokenizer.
 
         Raises:
-            DataError: a file is missing.
+            DataError: a file is missing, or the configuration is none.
         """
-        paths = [self._weights().with_name(name) for name in IDENTITY_FILES]
-        return f"needle_san@{fingerprint(files=[(path.name, hash_once(path)) for path in paths])}"
+        paths = {name: self._weights().with_name(name) for name in IDENTITY_FILES}
+        name = fingerprint(files=[(name, hash_once(path)) for name, path in paths.items()])
+        try:
+            return f"{json.loads(paths['config.json'].read_bytes())['model_type']}@{name}"
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{paths['config.json']} describes no student: {error}") from error
 
     def _weights(self) -> Path:
         weights = self.model_folder() / "model.safetensors"
