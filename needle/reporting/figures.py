@@ -137,10 +137,17 @@ def _plain_number(value: float, _: Any) -> str:
     return f"{value:g}"
 
 
-def _draw_curves(axes: Any, setting: Setting, key: str, number: int, *, seeds: bool) -> Any:
-    style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+def look_of(number: int) -> dict[str, Any]:
+    """Colour, line style and group id of the setting that stands at this place among the settings."""
+    line = LINES[number // len(COLOURS) % len(LINES)]
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": line, "gid": f"setting-{number}"}
+
+
+def _draw_curves(axes: Any, setting: Setting, key: str, number: int, *, seeds: bool, x: str = "tokens") -> Any:
+    style = look_of(number)
     scale = 100.0 if key == FORCED else 1.0
-    curves = [(tokens, scale * values) for tokens, values in (_curve(run, key) for run in setting.runs) if tokens.size]
+    found = (_curve(run, key, x=x) for run in setting.runs)
+    curves = [(tokens, scale * values) for tokens, values in found if tokens.size]
     if not curves:
         return None
     for tokens, values in curves if seeds and len(curves) > 1 else []:
@@ -154,9 +161,10 @@ def _draw_curves(axes: Any, setting: Setting, key: str, number: int, *, seeds: b
     return axes.plot(grid, mean, linewidth=2.0, marker=marker, **style)[0]
 
 
-def _curve(run: ScoredRun, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens seen and the value there, training losses as a running mean over a twentieth of the points."""
-    points = [(line["tokens"], line[key]) for line in run.history if line.get(key) is not None and "tokens" in line]
+def _curve(run: ScoredRun, key: str, *, x: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
+    """Tokens seen (or another value `x` of the history) and the value there, training losses as a running mean over a
+    twentieth of the points."""
+    points = [(line[x], line[key]) for line in run.history if line.get(key) is not None and x in line]
     tokens, values = (np.array([point[side] for point in points], dtype=float) for side in (0, 1))
     half = len(values) // 40 if key.startswith("train/") else 0
     if half:

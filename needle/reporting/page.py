@@ -24,6 +24,14 @@ CAPTIONS = {
 }
 
 
+def template(name: str) -> jinja2.Template:
+    """A page beside this module. Everything that is put into it is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(resources.files("needle.reporting").joinpath(name).read_text("utf-8"))
+
+
 def render(
     collection: Collection,
     rows: Sequence[Row],
@@ -45,14 +53,10 @@ def render(
         examples: how many sample answers to show.
         command: the shell command that makes this report.
     """
-    template = resources.files("needle.reporting").joinpath("page.html").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     metrics = list(dict.fromkeys(row.metric for row in rows))
     headline = [row for row in rows if row.metric == metrics[0]]
     settings = collection.settings
-    return environment.from_string(template).render(
+    return template("page.html").render(
         t=tables,
         title=tables.title(metrics[0]),
         suite=suite,
