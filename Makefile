@@ -1,5 +1,7 @@
 # Needle's pipeline, a target for each stage. Variables:
 #   ARGS="loss=forward_kl seed=1"   settings for the stage (Hydra overrides)
+#   EXP=001_losses JOBS=2           the experiment of sweep, reproduce and dashboard; cells that run side by side
+#   FAST=1                          reproduce the cells of the experiment's sweep.fast alone
 #   LOSS=reverse_kl RUN=FOLDER      what `make doctor` looks at
 #   PYTHON=python3.12               interpreter of a new .venv, 3.11 or newer
 #   TORCH_INDEX=URL                 index that holds another torch build, for a new .venv
@@ -7,6 +9,9 @@
 
 PYTHON ?= python3
 ARGS ?=
+EXP ?=
+JOBS ?= 2
+FAST ?=
 LOSS ?=
 RUN ?=
 TORCH_INDEX ?=
@@ -23,15 +28,16 @@ UV_FLAGS = $(if $(WHEELS),--find-links $(WHEELS)) \
 	$(if $(TORCH_INDEX),--index $(TORCH_INDEX) --index-strategy unsafe-best-match)
 # The demo keeps to runs of its own, so that its report compares nothing else.
 DEMO := paths.runs=runs/demo
+SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup generate prepare teacher signals train score calibrate report dashboard tune demo test lint types doctor bench bench-losses bench-teacher prove prove-slurm lock clean
+.PHONY: help setup generate prepare teacher signals train score calibrate report sweep reproduce dashboard notebooks tune demo test lint types doctor bench bench-losses bench-teacher prove prove-slurm prove-sweep prove-launchers lock clean
 
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP) ## Create .venv and install requirements.lock (nothing to do when it is up to date)
+setup: $(STAMP) ## Create .venv and install requirements.lock (nothing to do when up to date)
 
 # The stamp comes last, and an environment whose installation was cut short is built again from nothing: a package
 # that is half on disk looks installed to the installer.
@@ -74,13 +80,23 @@ calibrate: setup ## Fit a confidence head: make calibrate ARGS=checkpoint=runs/t
 report: setup ## Compare scored runs in tables and figures
 	$(BIN)/python -m needle.report $(ARGS)
 
+sweep: setup ## Run an experiment's cells side by side: make sweep EXP=001_losses JOBS=2
+	$(BIN)/python -m needle.sweep $(if $(EXP),exp=$(EXP)) $(SIDE_BY_SIDE) $(ARGS)
+
+reproduce: setup ## Run published cells again and compare: make reproduce EXP=001_losses FAST=1
+	$(BIN)/python -m needle.reproduce $(if $(EXP),exp=$(EXP)) $(if $(FAST),fast=true) \
+		$(SIDE_BY_SIDE) $(ARGS)
+
 dashboard: setup ## Show an experiment as a local page: make dashboard EXP=001_losses
 	$(BIN)/python -m needle.dashboard show=true $(if $(EXP),exp=$(EXP)) $(ARGS)
+
+notebooks: setup ## Run the notebooks and keep their outputs (several minutes)
+	$(BIN)/python -m needle.notebooks $(ARGS)
 
 tune: setup ## Search settings: make tune ARGS="study=NAME exp=001_losses arm=forward_kl"
 	$(BIN)/python -m needle.tune $(ARGS)
 
-demo: setup ## Run the whole pipeline small: two losses, scored and compared (about ten minutes)
+demo: setup ## Run the whole pipeline small: two losses, scored and compared (ten minutes)
 	$(BIN)/python -m needle.generate
 	$(BIN)/python -m needle.prepare data=demo
 	$(BIN)/python -m needle.signals data=demo
@@ -109,7 +125,7 @@ doctor: setup ## Check a loss or a run: make doctor LOSS=reverse_kl, or RUN=runs
 bench: setup ## Measure training and decoding speed on this machine
 	$(BIN)/python -m needle.bench $(ARGS)
 
-bench-losses: setup ## Measure what each loss costs a training step, next to hard labels (half an hour)
+bench-losses: setup ## Measure what each loss costs a step, next to hard labels (half an hour)
 	$(BIN)/python -m needle.bench_losses $(ARGS)
 
 bench-teacher: setup ## Measure buying and looking up answers against a local server (three minutes)
@@ -122,6 +138,14 @@ prove-slurm: setup ## Start a Slurm of one node here (root, Debian), train throu
 	tests/servers/slurm_node.sh start
 	@status=0; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/launchers/test_slurm.py || status=$$?; \
 		tests/servers/slurm_node.sh stop; exit $$status
+
+prove-sweep: setup ## Stop and kill a sweep of twelve cells, continue it, compare its table
+	NEEDLE_SWEEP_SEEDS=6 NEEDLE_SWEEP_KILLS=2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -k goes_on tests/test_sweep.py
+
+prove-launchers: setup ## One sweep through joblib, Slurm, Ray and W&B's agent (root, Debian)
+	tests/servers/slurm_node.sh start
+	@status=0; NEEDLE_SWEEP_SEEDS=6 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/launchers/test_same_table.py \
+		|| status=$$?; tests/servers/slurm_node.sh stop; exit $$status
 
 # The lock names no build, host or accelerator package: each machine takes the torch build that suits it.
 lock: setup ## Resolve requirements.lock again, keeping its versions (newest: ARGS=--upgrade)

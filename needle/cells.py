@@ -1,7 +1,8 @@
 """How the cells of experiments stand on disk: which are finished, what they will cost, and what came of them.
 
 A cell is known by needle.runs.identity. Its run is a training run's folder like any other; runs/cells/ holds what has
-no run folder to lie in: the locks of cells that are running, and the errors of those that failed.
+no run folder to lie in: the locks of cells that are running, the errors of those that failed, and what a cell last told
+of itself.
 """
 
 import csv
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from needle import artifacts
+from needle.console import duration
+from needle.experiment import HEADLINE
 from needle.metrics.matching import METRICS
 from needle.runs import Run
 from needle.scores import TrainingRun, read_score, score_path
@@ -87,33 +90,89 @@ def record_failure(root: Path, identity: str, *, arm: str | None, seed: int, err
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What cells will take; None where nothing is known yet: shards that are not built, sizes that never ran."""
+class Told:
+    """What a cell last said of itself, from whatever process or machine it runs on: `kind` is one of KINDS. `result`:
+    the headline of a finished one; `seconds`: how long it ran, this time; `error`: of a failed one, its last line."""
 
+    kind: str
+    result: str = ""
+    seconds: float = 0.0
+    error: str = ""
+
+
+def told_path(root: Path, identity: str) -> Path:
+    return Path(root) / "cells" / f"{identity}.told.json"
+
+
+def tell(root: Path, identity: str, told: Told) -> None:
+    """For needle.watch, which reads it while the cell runs."""
+    artifacts.write_json_atomic(told_path(root, identity), told)
+
+
+def headline(folder: Path, suites: Sequence[str]) -> str:
+    """A finished run in two words, such as `24.1% unseen`: its whole answers on the first suite."""
+    score = read_score(score_path(folder, checkpoint="final", name=Path(suites[0]).stem)) if suites else None
+    value = score["metrics"].get(HEADLINE) if score else None
+    return f"{100 * value:.1f}% {Path(suites[0]).stem}" if value is not None else "not scored"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a finished run was: tokens a second of its training, and the seconds that it took besides, which are
+    those of scoring and of the start."""
+
+    exact: str
+    alike: str
+    suites: tuple[str, ...]
+    tokens_per_s: float
+    other_s: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What cells will take, by the runs that are finished here. `tokens` is None until the shards are built; `unknown`
+    counts the cells of whose student no run is finished, which `seconds` leaves out."""
+
+    cells: int
     tokens: int | None
-    hours: float | None
+    seconds: float
+    unknown: int
 
     @staticmethod
-    def of(cells: Sequence[tuple[Mapping[str, Any], Path]], *, runs: Path) -> "Cost":
-        speeds = _speeds(runs)
-        tokens, hours = [], []
-        for cfg, shards in cells:
-            count = _tokens(cfg, shards)
-            speed = speeds.get(_speed_key(cfg))
-            tokens.append(count)
-            hours.append(count / speed / 3600 if count and speed else None)
-        return Cost(_sum(tokens), _sum(hours))
+    def of(cells: Sequence[tuple[Mapping[str, Any], Path]], *, runs: Sequence[Path]) -> "Cost":
+        """`cells`: settings and shards of each. `runs`: folders of runs to learn from."""
+        paces = [pace for root in runs for pace in _paces(root)]
+        tokens = [_tokens(cfg, shards) for cfg, shards in cells]
+        seconds = [_seconds(cfg, count, paces) for (cfg, _), count in zip(cells, tokens, strict=True)]
+        known = [one for one in seconds if one is not None]
+        total = None if None in tokens else sum(count for count in tokens if count is not None)
+        return Cost(len(cells), total, sum(known), len(cells) - len(known))
 
     def told(self, *, usd_per_hour: float) -> str:
-        tokens = "an unknown number of tokens (no shards yet)" if self.tokens is None else f"{self.tokens:,} tokens"
-        if self.hours is None:
-            return f"{tokens}; hours are not known until a run of each student and loss has finished; nothing is bought"
-        dollars = f", {self.hours * usd_per_hour:.2f} USD at {usd_per_hour:g} an hour" if usd_per_hour else ""
-        return f"{tokens}, about {self.hours:.1f} hours of one worker{dollars}; nothing is bought"
+        tokens = "tokens not known before the shards are built" if self.tokens is None else f"{self.tokens:,} tokens"
+        if self.unknown == self.cells > 0:
+            return f"{tokens}; hours not known until a run of each student is finished; {NO_PURCHASE}"
+        told = f"{tokens}, about {duration(self.seconds)} of one worker"
+        if usd_per_hour:
+            told += f", {self.seconds / 3600 * usd_per_hour:.2f} USD of machine time at {usd_per_hour:g} an hour"
+        if self.unknown:
+            told += f", and {self.unknown} cells of students of which no run is finished"
+        return f"{told}; {NO_PURCHASE}"
 
 
-def _sum(values: Sequence[Any]) -> Any:
-    return None if any(value is None for value in values) else sum(values)
+NO_PURCHASE = "no teacher is asked, so no answer is bought"
+
+
+def _seconds(cfg: Mapping[str, Any], tokens: int | None, paces: Sequence[Pace]) -> float | None:
+    """By runs of the same network, loss and quantisation; failing that, of the same network with any loss."""
+    exact, alike = _pace_keys(cfg)
+    like = [one for one in paces if one.exact == exact] or [one for one in paces if one.alike == alike]
+    if not like or tokens is None:
+        return None
+    suites = tuple(cfg["suites"])
+    scored = [one for one in like if one.suites == suites] or like
+    speed = statistics.median(one.tokens_per_s for one in like)
+    return tokens / speed + statistics.median(one.other_s for one in scored)
 
 
 def _tokens(cfg: Mapping[str, Any], shards: Path) -> int | None:
@@ -128,23 +187,30 @@ def _tokens(cfg: Mapping[str, Any], shards: Path) -> int | None:
     return round(cfg["trainer"]["steps"] * cfg["trainer"]["rows_per_batch"] * row * filled)
 
 
-def _speed_key(cfg: Mapping[str, Any]) -> tuple[Any, ...]:
-    return cfg["student"].get("name"), cfg["trainer"]["accelerator"], cfg["loss"]["_target_"]
+def _pace_keys(cfg: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run's speed depends on: all that we know of, and the network and its device alone."""
+    trainer, loss = cfg["trainer"], cfg["loss"]
+    device = [trainer[key] for key in ("accelerator", "devices", "compile", "precision")]
+    parts = [loss["_target_"], loss.get("distribution"), cfg["quantisation"]["_target_"], cfg["rollouts"], device]
+    student = {key: value for key, value in cfg["student"].items() if key != "name"}
+    return artifacts.fingerprint(student=student, parts=parts), artifacts.fingerprint(student=student, device=device)
 
 
-def _speeds(runs: Path) -> dict[tuple[Any, ...], float]:
-    """Median tokens a second, scoring included, of the finished runs of each student and loss."""
-    found: dict[tuple[Any, ...], list[float]] = {}
+def _paces(runs: Path) -> list[Pace]:
+    found = []
     for path in Path(runs).glob("train/*/run.json"):
         try:
             run = TrainingRun.open(path.parent)
             started, ended = (datetime.datetime.fromisoformat(run.record[k]) for k in ("started_utc", "finished_utc"))
+            keys = _pace_keys(run.config)
         except Exception:
-            continue  # unfinished, or not readable: it tells no speed
-        tokens, seconds = run.facts.get("tokens"), (ended - started).total_seconds()
-        if run.finished and tokens and seconds > 0 and not run.record.get("resumed"):
-            found.setdefault(_speed_key(run.config), []).append(tokens / seconds)
-    return {key: statistics.median(values) for key, values in found.items()}
+            continue  # unfinished, of other code, or not readable: it tells no speed
+        tokens, trained_s = run.facts.get("tokens"), run.facts.get("train_seconds")
+        # The time between the parts of a run that was continued is nobody's work.
+        if run.finished and tokens and trained_s and not run.record.get("resumed"):
+            other_s = max((ended - started).total_seconds() - trained_s, 0)
+            found.append(Pace(*keys, tuple(run.config["suites"]), tokens / trained_s, other_s))
+    return found
 
 
 def _last_validation(folder: Path) -> dict[str, str]:
@@ -158,7 +224,7 @@ def write_cells_csv(path: Path, rows: Sequence[tuple[str, Mapping[str, Any], Pat
     stream = io.StringIO()
     writer = csv.DictWriter(
         stream,
-        ["arm", *keys, "suite", "n", "parameters", "tokens", "identity", "commit", *METRICS],
+        ["arm", *keys, "suite", "n", "parameters", "tokens", "identity", "commit", *METRICS, *VALIDATION],
         lineterminator="\n",
     )
     writer.writeheader()
@@ -175,3 +241,17 @@ def write_cells_csv(path: Path, rows: Sequence[tuple[str, Mapping[str, Any], Pat
             head = {"arm": arm, **point, "suite": suite, "n": score["n"], **facts}
             writer.writerow({**head, "identity": run.record["identity"], "commit": commit, **values, **validated})
     artifacts.write_text_atomic(path, stream.getvalue())
+
+
+def write_times(path: Path, rows: Sequence[tuple[str, Path]]) -> None:
+    """How long the cells of each arm took, and on what: for whoever wants to know before running them again."""
+    times: dict[str, list[float]] = {}
+    hardware: list[Mapping[str, Any]] = []
+    for arm, folder in rows:
+        record = TrainingRun.open(folder).record
+        started, ended = (datetime.datetime.fromisoformat(record[key]) for key in ("started_utc", "finished_utc"))
+        if not record.get("resumed"):
+            times.setdefault(arm, []).append((ended - started).total_seconds())
+        hardware += [record["hardware"]] if record["hardware"] not in hardware else []
+    seconds = {arm: statistics.median(values) for arm, values in times.items()}
+    artifacts.write_json_atomic(path, {"seconds_per_cell": seconds, "hardware": hardware})

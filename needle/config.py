@@ -100,8 +100,8 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
                 function(whole, **built)
             except UserError as error:
                 _leave(f"needle.{name}: {error}", 2)
-            except KeyboardInterrupt:
-                _leave(f"needle.{name}: interrupted", INTERRUPTED)
+            except KeyboardInterrupt as stop:
+                _leave(f"needle.{name}: {_interruption(stop)}", INTERRUPTED)
             finally:
                 signal.signal(signal.SIGTERM, previous)
 
@@ -112,8 +112,8 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
         def main() -> None:
             try:
                 configured()
-            except KeyboardInterrupt:  # while a launcher waits for its jobs
-                _leave(f"needle.{name}: interrupted", INTERRUPTED)
+            except KeyboardInterrupt as stop:  # while a launcher waits for its jobs
+                _leave(f"needle.{name}: {_interruption(stop)}", INTERRUPTED)
 
         main.stage_function = function  # type: ignore[attr-defined]
         return main
@@ -188,6 +188,11 @@ def as_overrides(cfg: Mapping[str, Any], *groups: str) -> str:
 def _leave(message: str, status: int) -> None:
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _interruption(stop: KeyboardInterrupt) -> str:
+    """What a stage said of where it was stopped, if it said anything."""
+    return ": ".join(["interrupted", *map(str, stop.args)])
 
 
 def _terminated(*_: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from needle.errors import ConfigError
 
 ONLY_ARM = "all"  # of an experiment without arms
+HEADLINE = "call_exact_frac"  # what a cell is told by in a line, on its first suite
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Sweep:
     arms: Mapping[str, tuple[str, ...]]
     grid: Mapping[str, tuple[Any, ...]]
     report: tuple[str, ...]
+    fast: tuple[str, ...] = ()  # absent in runs whose settings were written before there was one
 
     def __post_init__(self) -> None:
         for key, values in self.grid.items():
@@ -38,6 +40,8 @@ class Sweep:
         for arm, overrides in self.arms.items():
             if not isinstance(overrides, list | tuple) or not all(isinstance(one, str) for one in overrides):
                 raise ValueError(f"arms.{arm}={overrides!r} is no list of overrides, such as [loss=forward_kl]")
+        if not all(isinstance(one, str) and ":" in one for one in self.fast):
+            raise ValueError(f"fast={list(self.fast)!r} is no list of conditions, such as ['seed:1']")
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,11 @@ def cells_of(sweep: Sweep) -> list[Cell]:
     return found
 
 
-def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+def chosen(cells: Sequence[Cell], only: Sequence[str], *, key_name: str = "only") -> list[Cell]:
     """The cells that meet every condition `arm:NAME` or `key:value`; conditions of one key are alternatives.
+
+    Args:
+        key_name: the setting that holds the conditions, for messages.
 
     Raises:
         ConfigError: a condition names no key of the experiment, or a value that no cell has.
@@ -78,10 +85,10 @@ def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
         key, separator, value = condition.partition(":")
         keys = ["arm", *cells[0].point]
         if not separator or key not in keys:
-            raise ConfigError(f"only={condition}: a condition is KEY:VALUE, KEY one of {', '.join(keys)}")
+            raise ConfigError(f"{key_name}={condition}: a condition is KEY:VALUE, KEY one of {', '.join(keys)}")
         if not any(cell.meets(key, value) for cell in cells):
             there = dict.fromkeys(cell.arm if key == "arm" else _plain(cell.point[key]) for cell in cells)
-            raise ConfigError(f"only={condition}: {key} is one of {', '.join(there)}")
+            raise ConfigError(f"{key_name}={condition}: {key} is one of {', '.join(there)}")
         wanted.setdefault(key, []).append(value)
     return [cell for cell in cells if all(any(cell.meets(k, v) for v in values) for k, values in wanted.items())]
 

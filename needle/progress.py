@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from needle.console import is_quiet
+
 
 class Progress:
     """`with Progress("scores") as progress: progress.update(done, total, "loss 0.41")`. Writes to standard error."""
@@ -17,9 +19,11 @@ class Progress:
         self._bar: RichProgress | None = None
         self._printed = 0
         self._first: tuple[float, int] | None = None
+        self._silent = False
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        self._silent = is_quiet()
+        if sys.stderr.isatty() and not self._silent:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -37,6 +41,8 @@ class Progress:
     def update(self, done: int, total: int, note: str = "") -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
+            return
+        if self._silent:
             return
         now = time.monotonic()
         if self._first is None:

@@ -45,11 +45,12 @@ PACKAGES = ("torch", "pytorch-lightning", "transformers", "tokenizers", "llguida
 
 @dataclass(frozen=True)
 class Paths:
-    """Where derived data, runs and bought answers are kept (conf/paths)."""
+    """Where derived data, runs, bought answers and published results are kept (conf/paths)."""
 
     artifacts: Path
     runs: Path
     ledger: Path
+    experiments: Path
 
 
 class Run:

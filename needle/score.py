@@ -10,7 +10,6 @@ Cost: a decoder step an answer token and batch; the undecided student of `initia
 """
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from needle import artifacts, config
+from needle.console import is_quiet, show
 from needle.decode import Decoded, Decoder
 from needle.errors import ConfigError, DataError
 from needle.metrics import matching
@@ -96,8 +95,8 @@ def main(
                 one, checkpoint, planned[one.folder], settings, batch_size=batch_size, device=device, again=again
             )
     names = [score_name(suite.name, constrained=constrained, limit=limit) for suite in planned[runs[0].folder]]
-    # In a log a line may be long; a terminal folds the names to keep the numbers whole.
-    Console(width=None if sys.stdout.isatty() else 140).print(_summary(runs, names))
+    if not is_quiet():
+        show(_summary(runs, names))  # a terminal folds the names to keep the numbers whole
 
 
 def score_run(folder: Path, *, suites: Sequence[str]) -> dict[str, float]:
@@ -175,7 +174,8 @@ def _score_checkpoint(
         name = score_name(suite.name, constrained=settings.constrained, limit=settings.limit)
         path = score_path(run.folder, checkpoint=checkpoint, name=name)
         if not again and _same_inputs(path, inputs):
-            print(f"already scored: {path}")
+            if not is_quiet():
+                print(f"already scored: {path}")
             continue
         if decoder is None:
             model, codec = load(folder)

@@ -10,9 +10,11 @@ after a kill the last checkpoint is continued and the trace of losses is the one
 had. A run may be continued to another length, since rates stay level until the decay at its end.
 """
 
+import logging
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +29,7 @@ from transformers import PreTrainedModel
 
 from needle import artifacts, config
 from needle.checkpoints import AtomicCheckpoints, newest_checkpoint, step_of
+from needle.console import is_quiet
 from needle.data.curriculum import Curriculum
 from needle.data.datamodule import PackedData
 from needle.data.settings import DataSettings
@@ -323,7 +326,8 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
             run=run,
         )
         if stopped:
-            print(f"stopped at step {module.global_step}; continue with: python -m needle.train resume={run.folder}")
+            if not is_quiet():
+                print(f"stopped at step {module.global_step}; go on: python -m needle.train resume={run.folder}")
             run.finish("interrupted")
             settings.logger.close(1)
             raise KeyboardInterrupt
@@ -335,7 +339,8 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
             settings.logger.summary(score_run(run.folder, suites=settings.suites))
         settings.logger.close(0)
         run.finish("finished")
-    print(f"run: {run.folder}")
+    if not is_quiet():
+        print(f"run: {run.folder}")
     return run.folder
 
 
@@ -418,6 +423,7 @@ def _fit(
 ) -> bool:
     """Trains to the end or to a Ctrl-C; returns whether it was stopped."""
     settings = module.settings
+    _silence_lightning(devices=settings.devices)
     stop = StopAtSignal()
     keep = ModelCheckpoint(
         dirpath=run.folder / "checkpoints",
@@ -462,6 +468,20 @@ def _fit(
         tokens_per_s=round(module.tokens_seen / max(seconds, 1e-9), 1),
     )
     return stop.requested and module.steps_done < settings.steps
+
+
+def _silence_lightning(*, devices: int) -> None:
+    """Lightning's remarks on every run that say nothing of this one; whatever else it warns of is shown."""
+    # Which accelerators there are, advertisements, that max_steps was reached: run.json holds what matters of it.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Its own call of a part of torch that will go.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # A checkpoint after the optimizer's step is what a stopped run goes on from.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+    # It is the run's own, which goes on.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    if devices == 1:  # there is nothing for srun to start
+        warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
 
 
 def _sample_answers(

@@ -25,12 +25,11 @@ import yaml
 from needle import config
 from needle.artifacts import write_text_atomic
 from needle.errors import ConfigError
-from needle.experiment import ONLY_ARM, Sweep
+from needle.experiment import HEADLINE, ONLY_ARM, Sweep
 
 # W&B puts a run's parameters in this word's place, as one JSON object: numbers stay numbers, whatever their form.
 PARAMETERS = "${args_json}"
 CELL, AT = "cell", "at"
-HEADLINE = "call_exact_frac"
 
 
 @config.stage("wandb_sweep")

@@ -4,120 +4,102 @@ NEEDLE_SWEEP_SEEDS and NEEDLE_SWEEP_KILLS make it larger: `make prove-sweep` run
 """
 
 import csv
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import small_sweep
+from small_sweep import ARMS, another, command, finished, inside, laboratory, runs, swept, tables, words
+
+from needle import cells, sweep
+from needle.cells import FAILED, FINISHED, RUNNING, STOPPED, Cost, Told
+from needle.runs import Run
+from needle.watch import Watch, Watched, left_s
 
 SEEDS = list(range(1, 1 + int(os.environ.get("NEEDLE_SWEEP_SEEDS", "2"))))
 KILLS = int(os.environ.get("NEEDLE_SWEEP_KILLS", "1"))
-ARMS = "{plain:['loss=hard_label'],smooth:['loss=label_smoothing']}"
-TINY = [
-    "data=default",
-    "initial=null",
-    "data.split.domains=[timers_alarms,weather_environment,notes,calendar]",
-    "data.copies_per_request=1",
-    "data.text.vocab_size=600",
-    "student.width=32",
-    "student.heads=2",
-    "student.kv_heads=1",
-    "student.encoder_layers=1",
-    "student.decoder_layers=1",
-    "student.copy_width=8",
-    "trainer=fast",
-    "trainer.steps=12",
-    "trainer.checkpoint_every_steps=3",
-    "trainer.validate_every_steps=12",
-    "trainer.log_every_steps=1",
-    "samples=0",
-    "logger=none",
-    "suites=[validation]",
-    "teacher.checkpoint=unused",
-    "~sweep.arms",
-]
-
-
-def command(folder: Path, *words: str, arms: str = ARMS) -> list[str]:
-    overrides = [*TINY, f"+sweep.arms={arms}", f"sweep.grid.seed={SEEDS}", "sweep.report=['baseline=[arm:plain]']"]
-    listed = ",".join(json.dumps(one) for one in overrides)
-    paths = [f"paths.artifacts={folder / 'artifacts'}", f"paths.runs={folder / 'runs'}"]
-    own = [f"overrides=[{listed}]", "allow_dirty=true", *paths, *words]
-    return [sys.executable, "-m", "needle.sweep", "exp=001_losses", *own]
-
-
-def sweep(folder: Path, *words: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *words, **kwargs), capture_output=True, text=True, check=False)
-
-
-def runs(folder: Path) -> list[dict]:
-    found = []
-    for path in sorted((folder / "runs" / "train").glob("*/run.json")):
-        try:
-            found.append({"path": path, **json.loads(path.read_text())})
-        except ValueError:
-            continue  # being written
-    return found
-
-
-def finished(folder: Path) -> list[dict]:
-    return [run for run in runs(folder) if run["status"] == "finished"]
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("calm")
-    done = sweep(folder)
+    folder = laboratory(tmp_path_factory, "calm")
+    done = swept(folder, seeds=SEEDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(finished(folder)) == len(runs(folder)) == 2 * len(SEEDS)
+    (folder / "out.txt").write_text(done.stdout)
+    (folder / "err.txt").write_text(done.stderr)
     return folder
 
 
-def kill_in_the_middle(folder: Path, *, after: int) -> None:
-    """Kills the sweep once `after` cells are finished and the next has a checkpoint."""
-    process = subprocess.Popen(
-        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while process.poll() is None:
-        current = [run for run in runs(folder) if run["status"] == "running"]
-        if len(finished(folder)) >= after and any(
-            any((run["path"].parent / "checkpoints").glob("*.ckpt")) for run in current
-        ):
-            break
-        time.sleep(0.02)
-    assert process.returncode is None, "it ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def test_its_cells_are_told_of_and_nothing_else(calm: Path):
+    total = 2 * len(SEEDS)
+    lines = (calm / "out.txt").read_text().splitlines()
+    assert all(len(line) <= 140 for line in lines if str(calm) not in line)
+    assert not any(line != line.rstrip() for line in lines)
+    ends = [line for line in lines if ": finished, " in line]
+    assert len(ends) == total
+    assert ends[0].startswith(f"cell 1/{total} plain seed=1: finished, ")
+    assert f"; 1 of {total} done, about " in ends[0]
+    assert ends[-1].endswith(f"; {total} of {total} done")
+    for noise in ("Launching", "trains:", "\nrun: ", "Whole answers right before"):
+        assert noise not in (calm / "out.txt").read_text()
+    assert (calm / "err.txt").read_text() == ""
 
 
-def test_a_killed_sweep_goes_on_to_the_same_table(calm: Path, tmp_path: Path):
-    (tmp_path / "artifacts").symlink_to(calm / "artifacts")
+def test_hours_are_estimated_from_what_is_finished(calm: Path):
+    # A run holds its resolved settings; the shards are the ones it notes.
+    of_each = [(Run(run["path"].parent).config, Path(run["facts"]["shards"])) for run in finished(calm)]
+    cost = Cost.of(of_each, runs=[calm / "runs"])
+    assert (cost.cells, cost.unknown) == (2 * len(SEEDS), 0)
+    assert cost.tokens == pytest.approx(sum(run["facts"]["tokens"] for run in finished(calm)), rel=0.02)
+    assert cost.seconds > sum(run["facts"]["train_seconds"] for run in finished(calm))  # scoring takes its part
+    assert f"{cost.seconds / 3600 * 1000:.2f} USD of machine time at 1000 an hour" in cost.told(usd_per_hour=1000)
+    nothing = Cost.of(of_each, runs=[calm / "nowhere"])
+    assert nothing.unknown == len(of_each)
+    assert "hours not known until" in nothing.told(usd_per_hour=1)
+
+
+def stop_in_the_middle(folder: Path, number: signal.Signals, *, after: int) -> tuple[int, str]:
+    """Sends the sweep a signal once `after` cells are finished and the next has a checkpoint; status and stderr."""
+    process = small_sweep.start(command(folder, seeds=SEEDS))
+    small_sweep.wait_for_a_checkpoint(folder, process, after=after)
+    os.killpg(process.pid, number)  # as a terminal sends Ctrl-C: to all processes
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in out + err
+    return process.returncode, err
+
+
+def test_a_stopped_sweep_goes_on_to_the_same_table(calm: Path, tmp_path: Path):
+    another(calm, tmp_path)
+    status, err = stop_in_the_middle(tmp_path, signal.SIGINT, after=1)
+    assert status == 130
+    told = f"{len(finished(tmp_path))} of {2 * len(SEEDS)} cells are finished; the same command goes on"
+    assert f"needle.sweep: interrupted: {told}" in err
+    standing = cells.Standing(tmp_path / "runs", allow_dirty=True)
+    assert {standing.of(run["identity"]).kind for run in runs(tmp_path)} == {FINISHED, STOPPED}
     for kill in range(1, KILLS + 1):
-        kill_in_the_middle(tmp_path, after=len(finished(tmp_path)) + 1)
-        assert len(finished(tmp_path)) >= kill
+        status, _ = stop_in_the_middle(tmp_path, signal.SIGKILL, after=len(finished(tmp_path)) + 1)
+        assert status == -signal.SIGKILL
+        assert len(finished(tmp_path)) >= kill + 1
     before = {run["path"]: run["path"].stat().st_mtime_ns for run in finished(tmp_path)}
-    done = sweep(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = swept(tmp_path, seeds=SEEDS)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     identities = [run["identity"] for run in finished(tmp_path)]
     assert len(identities) == len(set(identities)) == 2 * len(SEEDS)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    # A run that was killed after a checkpoint is the run that goes on.
+    # A run that was stopped after a checkpoint is the run that goes on.
     assert any(run.get("resumed") for run in finished(tmp_path))
-    for name in ("results.csv", "cells.csv"):
-        ours, theirs = (folder / "runs/sweeps/001_losses" / name for folder in (tmp_path, calm))
-        assert ours.read_bytes() == theirs.read_bytes()
+    assert tables(tmp_path) == tables(calm)
 
 
-def test_nothing_is_run_again(calm: Path):
+def test_nothing_is_run_again(calm: Path, capfd: pytest.CaptureFixture[str]):
     before = {run["path"]: run["path"].stat().st_mtime_ns for run in runs(calm)}
-    done = sweep(calm)
-    assert done.returncode == 0
-    assert f"cells: {len(before)} finished" in done.stdout
-    assert "Launching" not in done.stdout
+    assert inside(sweep.main, *words(calm, seeds=SEEDS)) == 0
+    out = capfd.readouterr().out
+    assert f"cells: {len(before)} finished" in out
+    assert "to run: nothing" in out
     assert {run["path"]: run["path"].stat().st_mtime_ns for run in runs(calm)} == before
     with (calm / "runs/sweeps/001_losses/cells.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -125,23 +107,88 @@ def test_nothing_is_run_again(calm: Path):
     assert all(0 <= float(row["call_exact_frac"]) <= 1 and int(row["tokens"]) > 0 for row in rows)
 
 
-def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(calm: Path, tmp_path: Path):
-    (tmp_path / "artifacts").symlink_to(calm / "artifacts")
+def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(
+    calm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    another(calm, tmp_path)
     suite = tmp_path / "later.jsonl"
-    arms = f"{{plain:['loss=hard_label'],broken:['loss=label_smoothing','suites=[{suite}]']}}"
-    only = "only=[seed:1]"
-    done = sweep(tmp_path, only, arms=arms)
-    assert done.returncode == 2
-    assert "1 cells failed; retry=true runs them again" in done.stderr
-    assert f"there is no file {suite}" in done.stderr
-    assert "Traceback" not in done.stderr
+    chosen = {"arms": {**ARMS, "smooth": [*ARMS["smooth"], f"suites=[{suite}]"]}, "seeds": [1]}
+    assert inside(sweep.main, *words(tmp_path, **chosen)) == 2
+    out, err = capfd.readouterr()
+    assert "1 cells failed; retry=true runs them again" in err
+    assert f"there is no file {suite}" in err
+    assert "cell 2/2 smooth seed=1: failed after" in out
+    assert "Traceback" not in err
     assert len(finished(tmp_path)) == 1
 
-    done = sweep(tmp_path, only, "dry_run=true", arms=arms)
-    assert done.returncode == 0
-    assert "failed: broken seed=1" in done.stdout
+    assert inside(sweep.main, *words(tmp_path, "dry_run=true", **chosen)) == 0
+    assert "failed: smooth seed=1" in capfd.readouterr().out
     (shards,) = (tmp_path / "artifacts").glob("shards-*")
     suite.write_text((shards / "validation.jsonl").read_text())
-    done = sweep(tmp_path, only, "retry=true", arms=arms)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert inside(sweep.main, *words(tmp_path, "retry=true", **chosen)) == 0
     assert len(finished(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arms", "more", "told"),
+    [
+        ({"smooth": ["loss=label_smoothing", "optim.moun_lr=1"]}, [], "arm smooth: Could not override 'optim.moun_lr'"),
+        ({"smooth": ["loss=label_smoothing", "optim.muon_lr=fast"]}, [], 'arm smooth: optim.muon_lr="fast"'),
+        ({}, ["optim.muon_lr=fast"], 'needle.sweep: optim.muon_lr="fast"'),
+        ({"smooth": ["loss=hard_label"]}, [], "cells plain seed=1 and smooth seed=1 have the same settings"),
+    ],
+)
+def test_a_mistake_is_told_once_with_its_arm(
+    calm: Path, tmp_path: Path, arms: dict, more: list[str], told: str, capfd: pytest.CaptureFixture[str]
+):
+    chosen = {"arms": {**ARMS, **arms}, "seeds": [1, 2], "more": more}
+    assert inside(sweep.main, *words(another(calm, tmp_path), **chosen)) == 2
+    err = capfd.readouterr().err
+    assert err.count(told) == 1, err
+    assert "Traceback" not in err
+    assert not runs(tmp_path)
+
+
+def test_half_a_sweep_is_not_published(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert inside(sweep.main, *words(tmp_path, "publish=true", "only=[seed:1]", seeds=SEEDS)) == 2
+    assert "publish=true: only=[seed:1] leaves cells out" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left", "took", "at_once", "seconds"),
+    [
+        ([("a", 0), ("a", 0)], {"a": [10]}, 1, 20),
+        ([("a", 0), ("a", 0)], {"a": [10]}, 2, 10),
+        ([("a", 4), ("b", 0)], {"a": [10], "b": [30]}, 1, 36),
+        ([("b", 0)], {"a": [10, 20]}, 1, 15),  # no b is through yet
+        ([("a", 99)], {"a": [10]}, 1, 0),  # later than usual
+        ([("a", 0), ("b", 0)], {"a": [2], "b": [30]}, 2, 30),  # no shorter than the longest
+        ([], {"a": [10]}, 2, 0),
+    ],
+)
+def test_the_time_left(left: Sequence[tuple[str, float]], took: dict[str, list[float]], at_once: int, seconds: float):
+    assert left_s(left, took, at_once=at_once) == pytest.approx(seconds)
+
+
+def test_a_watch_tells_what_is_new_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def tell(identity: str, *told) -> None:
+        cells.tell(tmp_path, identity, Told(*told))
+
+    tell("one", FINISHED, "of an earlier sweep", 5.0)
+    watched = [
+        Watched(2 + place, name, name, cells.told_path(tmp_path, name)) for place, name in enumerate(("one", "two"))
+    ]
+    watch = Watch(watched, total=3, finished=1)
+    watch.poll()
+    assert capsys.readouterr().out == ""
+    tell("one", RUNNING)
+    tell("two", RUNNING)
+    watch.poll()
+    watch.poll()
+    assert capsys.readouterr().out == "cell 2/3 one: started\ncell 3/3 two: started\n"
+    tell("one", FINISHED, "24.1% unseen", 192.0)
+    watch.poll()
+    assert capsys.readouterr().out == "cell 2/3 one: finished, 24.1% unseen, 3.2 min; 2 of 3 done, about 3.2 min left\n"
+    tell("two", FAILED, "", 12.0, "there is no file x")
+    watch.poll()
+    assert capsys.readouterr().out == "cell 3/3 two: failed after 12 s: there is no file x\n"
