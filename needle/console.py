@@ -31,7 +31,7 @@ def show(thing: RenderableType) -> None:
     if sys.stdout.isatty():
         Console().print(thing, highlight=False)
         return
-    console = Console(width=LOG_WIDTH, color_system=None)
+    console = Console(width=LOG_WIDTH, color_system=None, force_jupyter=False)  # in a notebook, too, it is text
     with console.capture() as captured:
         console.print(thing, highlight=False, markup=False)
     print("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()), flush=True)

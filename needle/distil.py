@@ -75,7 +75,8 @@ class Distillation(pl.LightningModule):
         self.tokens_seen = self.steps_done = 0
         self.last_loss_nats = float("nan")
         self.seconds_before = 0.0
-        self.seconds: Callable[[], float] = lambda: 0.0
+        self.seconds: Callable[[], float] = lambda: self.seconds_before
+        self.validated_step = -1
         self._measure = torch.compile(self._measured) if settings.compile else self._measured
         self._validation: list[dict[str, Tensor]] = []
 
@@ -188,6 +189,7 @@ class Distillation(pl.LightningModule):
         record["token_exact_frac"] = float(right[kept].float().mean())
         record["call_forced_exact_frac"] = _whole_examples_right(right, whole["target_segments_RT"], kept)
         self._record({f"val/{name}": value for name, value in record.items()})
+        self.validated_step = self.global_step
         if self.rollouts is not None and not self.trainer.sanity_checking:
             self.rollouts.validated(record["loss_nats"])
 
@@ -211,6 +213,7 @@ class Distillation(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["needle"]
         self.tokens_seen, self.seconds_before = state["tokens_seen"], state["seconds"]
+        self.steps_done = checkpoint["global_step"]
         torch.set_rng_state(state["rng_state"])
         if self.rollouts is not None:
             self.rollouts.load(state["rollouts"][self.trainer.global_rank])

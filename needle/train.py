@@ -456,9 +456,12 @@ def _fit(
         step = step_of(checkpoint)
         data.stream.start_at(step)
         run.truncate_history(after_step=step)
+        validated = [one["step"] for one in run.history() if "val/loss_nats" in one and one["step"] <= step]
+        module.validated_step = max(validated, default=-1)
     with stop.listening():
         runner.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if not stop.requested and settings.steps % settings.validate_every_steps:
+    # The last step need be no multiple of a validation's, and a kill may have come between the two.
+    if not stop.requested and module.validated_step < settings.steps:
         runner.validate(module, datamodule=data, verbose=False)
     seconds = module.seconds()
     run.note(

@@ -4,7 +4,9 @@ NEEDLE_SWEEP_SEEDS and NEEDLE_SWEEP_KILLS make it larger: `make prove-sweep` run
 """
 
 import csv
+import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import small_sweep
 from small_sweep import ARMS, another, command, finished, inside, laboratory, runs, swept, tables, words
 
-from needle import cells, sweep
+from needle import artifacts, cells, sweep
 from needle.cells import FAILED, FINISHED, RUNNING, STOPPED, Cost, Told
 from needle.runs import Run
 from needle.watch import Watch, Watched, left_s
@@ -92,6 +94,24 @@ def test_a_stopped_sweep_goes_on_to_the_same_table(calm: Path, tmp_path: Path):
     # A run that was stopped after a checkpoint is the run that goes on.
     assert any(run.get("resumed") for run in finished(tmp_path))
     assert tables(tmp_path) == tables(calm)
+
+
+def test_a_run_that_was_killed_after_its_last_step_loses_nothing(calm: Path, tmp_path: Path):
+    another(calm, tmp_path)
+    shutil.copytree(calm / "runs", tmp_path / "runs")
+    killed = Run(finished(tmp_path)[0]["path"].parent)
+    shutil.rmtree(killed.folder / "model")
+    shutil.rmtree(killed.folder / "scores")
+    before = killed.record
+    kept = [line for line in killed.history() if "val/loss_nats" not in line]
+    (killed.folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    artifacts.write_json_atomic(killed.folder / "run.json", {**before, "status": "running", "facts": {}})
+    facts = {key: before["facts"][key] for key in ("shards", "steps", "tokens", "parameters")}
+    assert inside(sweep.main, *words(tmp_path, seeds=SEEDS)) == 0
+    assert tables(tmp_path) == tables(calm)
+    assert facts.items() <= killed.record["facts"].items()
+    assert 0 < killed.record["facts"]["train_seconds"] <= before["facts"]["train_seconds"]
+    assert len([line for line in killed.history() if "val/loss_nats" in line]) == 1
 
 
 def test_nothing_is_run_again(calm: Path, capfd: pytest.CaptureFixture[str]):

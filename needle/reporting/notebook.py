@@ -1,6 +1,8 @@
 """What the notebooks in notebooks/ do beside looking: find the repository, run stages, say what there is to see."""
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 import shlex
@@ -60,22 +62,21 @@ def run(stage: str, *overrides: str, lines: int = LAST_LINES) -> None:
         UserError: what the command line would have said.
         DataError: lines of predictions have errors.
     """
-    from IPython.utils.capture import capture_output  # it comes with every kernel
-
     print("$", shlex.join(["python", "-m", f"needle.{stage}", *overrides]))
     cfg, runtime = config.compose(stage, overrides)
     function = _function(stage)
     whole, built = config.prepared(cfg, function, runtime=runtime)
+    told, progress = io.StringIO(), io.StringIO()
     logging.disable(logging.INFO)  # libraries' remarks about themselves
     try:
-        # Progress goes to standard error, where it is of no use once it is over; rich draws tables beside both.
-        with capture_output() as told:
+        # Progress goes to standard error, where it is of no use once it is over.
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(progress):
             function(whole, **built)
     except SystemExit as error:
-        raise DataError(f"needle.{stage}: {told.stderr.strip() or error}") from error
+        raise DataError(f"needle.{stage}: {progress.getvalue().strip() or error}") from error
     finally:
         logging.disable(logging.NOTSET)
-    said = told.stdout.rstrip().splitlines()
+    said = told.getvalue().rstrip().splitlines()
     for line in said[max(0, len(said) - lines) :]:
         print(line)
 

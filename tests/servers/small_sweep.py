@@ -6,6 +6,7 @@ on scoring. It stands on conf/experiment/001_losses.yaml, whose name it keeps.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,9 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     return [run for run in runs(folder) if run["status"] == "finished"]
 
 
-def tables(folder: Path) -> dict[str, bytes]:
-    """results.csv and cells.csv of a sweep."""
+def tables(folder: Path) -> dict[str, str]:
+    """results.csv and cells.csv of a sweep. For the commits of its runs stands COMMIT: one may be made meanwhile."""
+    commits = "|".join({run["commit"][:10] for run in runs(folder)})
     where = folder / "runs" / "sweeps" / EXPERIMENT
-    return {name: (where / name).read_bytes() for name in ("results.csv", "cells.csv")}
+    texts = {name: (where / name).read_bytes().decode() for name in ("results.csv", "cells.csv")}
+    return {name: re.sub(rf"\b({commits})( ({commits}))*\b", "COMMIT", text) for name, text in texts.items()}
