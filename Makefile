@@ -31,6 +31,9 @@ DEMO := paths.runs=runs/demo
 SIDE_BY_SIDE = hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
+# Compiled modules are kept, whatever the shell says: without them every process compiles torch's imports again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup generate prepare teacher signals train score calibrate report sweep reproduce dashboard notebooks tune demo test lint types doctor bench bench-losses bench-teacher prove prove-slurm prove-sweep prove-launchers lock clean
 
@@ -51,7 +54,7 @@ $(STAMP): requirements.lock pyproject.toml
 	fi
 	@touch $(UNFINISHED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode $(UV_FLAGS) --requirement requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) --requirement requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@rm -f $(UNFINISHED)
 	@touch $@
