@@ -1,4 +1,4 @@
-"""One sweep through every launcher and through the agent of W&B: the tables are the same to the byte.
+"""One sweep through every launcher and through the agent of W&B: the tables are the same to the digit.
 
 `make prove-launchers` starts a Slurm of one node and runs all of it, twelve cells each (NEEDLE_SWEEP_SEEDS=6). Without
 it, joblib is always here, Slurm and Ray where they are installed; the agent, which starts a process for each cell, is

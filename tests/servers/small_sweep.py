@@ -4,9 +4,9 @@ Two arms of a student of 31,000 parameters, on four domains, for a dozen steps: 
 on scoring. It stands on conf/experiment/001_losses.yaml, whose name it keeps.
 """
 
+import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +19,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 EXPERIMENT = "001_losses"
+TREE = ("commit", "commits", "dirty")  # columns
 DOMAINS = ("timers_alarms", "weather_environment", "notes", "calendar")
 ARMS = {"plain": ["loss=hard_label"], "smooth": ["loss=label_smoothing"]}
 TINY = [
@@ -141,9 +142,13 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     return [run for run in runs(folder) if run["status"] == "finished"]
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """results.csv and cells.csv of a sweep. For the commits of its runs stands COMMIT: one may be made meanwhile."""
-    commits = "|".join({run["commit"][:10] for run in runs(folder)})
-    where = folder / "runs" / "sweeps" / EXPERIMENT
-    texts = {name: (where / name).read_bytes().decode() for name in ("results.csv", "cells.csv")}
-    return {name: re.sub(rf"\b({commits})( ({commits}))*\b", "COMMIT", text) for name, text in texts.items()}
+def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """results.csv and cells.csv of a sweep, every value as its text; without what tells of the source tree, to which
+    somebody may commit while the tests run."""
+    found = {}
+    for name in ("results.csv", "cells.csv"):
+        with (folder / "runs" / "sweeps" / EXPERIMENT / name).open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        found[name] = [{key: value for key, value in row.items() if key not in TREE} for row in rows]
+        assert rows
+    return found
