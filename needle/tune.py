@@ -228,7 +228,7 @@ def _counted(opened: optuna.Study) -> int:
 def _show_plan(search: Search, done: int, as_they_are: Composed, usd_per_hour: float) -> None:
     left = max(0, search.trials - done)
     one = (as_they_are.cfg, as_they_are.sources.shards)
-    cost = cells.Cost.of([one] * left, runs=search.paths.runs)
+    cost = cells.Cost.of([one] * left, runs=[search.paths.runs])
     print(f"study {search.study}: {search.direction} {search.objective} over")
     for name, axis in search.space.items():
         print(f"  {name}: {' = '.join(axis.keys)}, {' to '.join(map(str, axis.ends))}")
