@@ -110,7 +110,8 @@ def _training_runs(wanted: str | list[str] | None, root: Path) -> list[TrainingR
 
 
 def _usual_suite(runs: Sequence[TrainingRun]) -> str:
-    """The suite that most runs are scored on, the first by name of several.
+    """The suite that most runs are scored on; of several the one that the runs name first, which is an experiment's
+    headline.
 
     Raises:
         DataError: no run is scored.
@@ -126,7 +127,8 @@ def _usual_suite(runs: Sequence[TrainingRun]) -> str:
             else ("wait for the first to finish; `wandb leet RUN/wandb` shows curves meanwhile")
         )
         raise DataError(f"no run of it is scored yet ({told}); {way_out}")
-    return min(counts, key=lambda name: (-counts[name], name))
+    named = [Path(name).stem for run in runs for name in run.config.get("suites") or ()]
+    return min(counts, key=lambda name: (-counts[name], named.index(name) if name in named else len(named), name))
 
 
 def _suites(run: TrainingRun) -> list[str]:
