@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from needle.errors import DataError, UserError
+from needle.errors import ConfigError, DataError, UserError
 
 MANIFEST_VERSION = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -70,6 +70,14 @@ def source_state() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain")
     return {"commit": commit or "unknown", "dirty": None if status is None else bool(status)}
+
+
+def require_clean(*, allow_dirty: bool) -> None:
+    """Raises ConfigError where this code differs from its commit, unless that is allowed."""
+    if not allow_dirty and source_state()["dirty"]:
+        raise ConfigError(
+            "the tree has uncommitted changes, so no run of it would be a result: commit them, or set allow_dirty=true"
+        )
 
 
 @contextmanager

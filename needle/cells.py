@@ -20,7 +20,7 @@ from needle.console import duration
 from needle.experiment import HEADLINE
 from needle.metrics.matching import METRICS
 from needle.runs import Run
-from needle.scores import TrainingRun, read_score, score_path
+from needle.scores import TrainingRun, read_score, score_path, suite_name
 
 # Of the teacher-forced pass over the validation requests at the end of training, as history.jsonl has it.
 VALIDATION = ("val/label_nats", "val/token_exact_frac", "val/call_forced_exact_frac")
@@ -111,9 +111,10 @@ def tell(root: Path, identity: str, told: Told) -> None:
 
 def headline(folder: Path, suites: Sequence[str]) -> str:
     """A finished run in two words, such as `24.1% unseen`: its whole answers on the first suite."""
-    score = read_score(score_path(folder, checkpoint="final", name=Path(suites[0]).stem)) if suites else None
+    name = suite_name(suites[0]) if suites else None
+    score = read_score(score_path(folder, checkpoint="final", name=name)) if name else None
     value = score["metrics"].get(HEADLINE) if score else None
-    return f"{100 * value:.1f}% {Path(suites[0]).stem}" if value is not None else "not scored"
+    return f"{100 * value:.1f}% {name}" if value is not None else "not scored"
 
 
 @dataclass(frozen=True)

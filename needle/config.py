@@ -185,6 +185,11 @@ def as_overrides(cfg: Mapping[str, Any], *groups: str) -> str:
     return shlex.join([*chosen, *own])
 
 
+def path_words(overrides: Sequence[str]) -> list[str]:
+    """Those of a command line's overrides that say where things are kept."""
+    return [override for override in overrides if override.startswith("paths.")]
+
+
 def _leave(message: str, status: int) -> None:
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)

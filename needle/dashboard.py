@@ -31,7 +31,7 @@ from needle.reporting.collect import check_metrics, collect, meets
 from needle.reporting.compare import compare, equality, notices
 from needle.reporting.views import View, views
 from needle.runs import EXECUTION, Paths
-from needle.scores import TrainingRun, select_runs
+from needle.scores import TrainingRun, select_runs, suite_name
 
 
 @config.stage("dashboard")
@@ -127,7 +127,7 @@ def _usual_suite(runs: Sequence[TrainingRun]) -> str:
             else ("wait for the first to finish; `wandb leet RUN/wandb` shows curves meanwhile")
         )
         raise DataError(f"no run of it is scored yet ({told}); {way_out}")
-    named = [Path(name).stem for run in runs for name in run.config.get("suites") or ()]
+    named = [suite_name(name) for run in runs for name in run.config.get("suites") or ()]
     return min(counts, key=lambda name: (-counts[name], named.index(name) if name in named else len(named), name))
 
 

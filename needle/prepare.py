@@ -31,12 +31,11 @@ from needle.data.shards import GOLD_TOOLS_MAX, About, Shard, ShardWriter
 from needle.errors import ConfigError
 from needle.generate import corpus_folder
 from needle.runs import Paths
-from needle.schema import EVALUATION_ONLY, KINDS, BadLine, Example, Tool, read_examples
+from needle.schema import EVALUATION_ONLY, EVALUATION_SPLITS, KINDS, BadLine, Example, Tool, read_examples
 from needle.text.render import Span, render_calls, render_query, render_tools
 from needle.text.tokenizer import TextCodec, train_tokenizer
 
 PREPARE_VERSION = 3
-EVALUATION_SPLITS = ("validation", "test", "unseen")
 
 
 class Encoded(NamedTuple):

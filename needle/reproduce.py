@@ -34,7 +34,6 @@ from needle.sweep import (
     close,
     cost_of,
     known_experiment,
-    path_words,
     planned,
     run,
     show_cost,
@@ -65,7 +64,7 @@ def main(
     own = [
         f"paths.runs={json.dumps(str(paths.runs), ensure_ascii=False)}"
     ]  # this stage's file sets it, train's does not
-    words = [*own, *path_words(cfg["_overrides_"]), *overrides]
+    words = [*own, *config.path_words(cfg["_overrides_"]), *overrides]
     whole = planned(exp, words, paths=paths, allow_dirty=allow_dirty)
     plan = _fast_part(whole) if fast else whole
     check_same_settings(plan, published)

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 KINDS = ("single", "multi", "repeat", "implicit", "disfluent", "garbled", "none", "near_miss", "no_tools")
 EMPTY_KINDS = frozenset({"none", "near_miss", "no_tools"})
 SPLITS = ("train", "validation", "test", "unseen")
+EVALUATION_SPLITS = SPLITS[1:]
 # Sources that begin so must never be trained on.
 EVALUATION_ONLY = "bfcl"
 

@@ -30,7 +30,7 @@ from needle.metrics import matching
 from needle.metrics.tool_call import FOLDER as METRIC_FOLDER
 from needle.progress import Progress
 from needle.runs import Paths
-from needle.schema import SPLITS, Example, read_examples
+from needle.schema import EVALUATION_SPLITS, Example, read_examples
 from needle.scores import (
     CHECKPOINTS,
     SCORE_VERSION,
@@ -40,10 +40,10 @@ from needle.scores import (
     score_name,
     score_path,
     select_runs,
+    suite_name,
 )
 from needle.student import MODEL_FILES, load
 
-EVALUATION_SPLITS = SPLITS[1:]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -135,9 +135,7 @@ def _suites(run: TrainingRun, wanted: Sequence[str]) -> list[Suite]:
             suite = Suite(name, Path(shards) / f"{name}.jsonl")
             way_out = "run needle.prepare with this run's data settings again"
         else:
-            path = Path(name)
-            stem = f"{path.resolve().parent.name}_{path.stem}" if path.stem in SPLITS else path.stem
-            suite = Suite(stem, path)
+            suite = Suite(suite_name(name), Path(name))
             way_out = f"a suite is one of {', '.join(EVALUATION_SPLITS)}, or a path to JSONL"
         if not suite.path.is_file():
             raise DataError(f"suite {name}: there is no file {suite.path}; {way_out}")

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from needle.errors import DataError
+from needle.schema import EVALUATION_SPLITS, SPLITS
 
 SCORE_VERSION = 1
 CHECKPOINTS = {"final": "model", "initial": "initial"}  # checkpoint -> the folder inside a run that holds it
@@ -78,6 +79,15 @@ def select_runs(wanted: str | Sequence[str] | None, *, root: Path) -> list[Train
         runs += [TrainingRun.open(path) for path in matched]
     by_folder = {run.folder.resolve(): run for run in runs}
     return list(by_folder.values())
+
+
+def suite_name(wanted: str) -> str:
+    """What a suite is called that is asked for as a split or as a path to JSONL; a file that is named like a split gets
+    its folder's name as well."""
+    path = Path(wanted)
+    if wanted in EVALUATION_SPLITS or path.stem not in SPLITS:
+        return path.stem
+    return f"{path.resolve().parent.name}_{path.stem}"
 
 
 def score_name(suite: str, *, constrained: bool, limit: int | None) -> str:

@@ -40,7 +40,8 @@ from needle.console import quiet, show
 from needle.errors import ConfigError, UserError
 from needle.experiment import Cell, Sweep, cells_of, chosen
 from needle.report import main as report_stage
-from needle.runs import Paths, Run, identity
+from needle.runs import Paths, Run
+from needle.scores import suite_name
 from needle.watch import Watch, Watched
 
 
@@ -49,11 +50,21 @@ class Planned:
     """A cell with its checked settings, what it reads, and how it stands."""
 
     cell: Cell
-    cfg: Mapping[str, Any]
-    settings: train.Settings
-    sources: train.Sources
+    composed: train.Composed
     identity: str
     state: State
+
+    @property
+    def cfg(self) -> Mapping[str, Any]:
+        return self.composed.cfg
+
+    @property
+    def settings(self) -> train.Settings:
+        return self.composed.settings
+
+    @property
+    def sources(self) -> train.Sources:
+        return self.composed.sources
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def main(
 ) -> None:
     if publish and only:
         raise ConfigError(f"publish=true: only=[{','.join(only)}] leaves cells out, and a part is no result; drop one")
-    words = [*path_words(cfg["_overrides_"]), *overrides]
+    words = [*config.path_words(cfg["_overrides_"]), *overrides]
     plan = planned(exp, words, paths=paths, allow_dirty=allow_dirty, only=only)
     show_plan(plan, title=plan.experiment)
     show_cost(plan, cost_of(plan, known=[paths.runs]), usd_per_hour=usd_per_hour)
@@ -111,11 +122,6 @@ def main(
     close(plan)
 
 
-def path_words(overrides: Sequence[str]) -> list[str]:
-    """Those of a command line's overrides that say where things are kept."""
-    return [override for override in overrides if override.startswith("paths.")]
-
-
 def planned(
     name: str | None, words: Sequence[str], *, paths: Paths, allow_dirty: bool, only: Sequence[str] = ()
 ) -> Plan:
@@ -126,10 +132,7 @@ def planned(
             once.
     """
     experiment = known_experiment(name)
-    if not allow_dirty and artifacts.source_state()["dirty"]:
-        raise ConfigError(
-            "the tree has uncommitted changes, so no run of it would be a result: commit them, or set allow_dirty=true"
-        )
+    artifacts.require_clean(allow_dirty=allow_dirty)
     common = (f"experiment={experiment}", f"name={experiment}", *words)
     sweep = _sweep_of(common)
     wanted = chosen(cells_of(sweep), only)
@@ -163,12 +166,9 @@ def _sweep_of(common: Sequence[str]) -> Sweep:
 
 
 def _planned(cell: Cell, common: Sequence[str], standing: cells.Standing) -> Planned:
-    cfg, runtime = config.compose("train", [*common, *cell.overrides])
-    whole, built = config.prepared(cfg, train.main.stage_function, runtime=runtime)
-    settings = train.Settings(**built)
-    sources = train.sources(settings)
-    known_as = identity(whole, sources.inputs)
-    return Planned(cell, whole, settings, sources, known_as, standing.of(known_as))
+    composed = train.composed(*config.compose("train", [*common, *cell.overrides]))
+    known_as = composed.identity
+    return Planned(cell, composed, known_as, standing.of(known_as))
 
 
 def _where(some: Sequence[Cell], wanted: Sequence[Cell]) -> str:
@@ -268,7 +268,7 @@ def _stage(module: Any) -> Any:
 
 def _generate(cell: Mapping[str, Any], common: Sequence[str]) -> None:
     """The corpus of recorded answers; any other is bought on purpose, by needle.generate."""
-    cfg, runtime = config.compose("generate", path_words(common))
+    cfg, runtime = config.compose("generate", config.path_words(common))
     cfg.data = cell["data"]
     whole, built = config.prepared(cfg, _stage(generate), runtime=runtime)
     _stage(generate)(whole, **built)
@@ -326,9 +326,9 @@ def _is_no_list_of_overrides(record: logging.LogRecord) -> bool:
 
 def run_cell(cfg: DictConfig) -> str:
     """One cell, from wherever it stands to finished; a failure is recorded and no reason to stop the others."""
-    whole, built = config.prepared(cfg, train.main.stage_function, runtime=HydraConfig.get())
-    settings = train.Settings(**built)
-    root, known_as = settings.paths.runs, identity(whole, train.sources(settings).inputs)
+    composed = train.composed(cfg, HydraConfig.get())
+    whole, settings = composed.cfg, composed.settings
+    root, known_as = settings.paths.runs, composed.identity
     with artifacts.locked(cells.lock_path(root, known_as), wait=False) as mine:
         if not mine:
             return RUNNING
@@ -401,7 +401,7 @@ def write_report(plan: Plan) -> Path | None:
 
 def _suites(some: Sequence[Planned]) -> list[str]:
     """The names of their score files."""
-    return list(dict.fromkeys(Path(name).stem for one in some for name in one.settings.suites))
+    return list(dict.fromkeys(suite_name(name) for one in some for name in one.settings.suites))
 
 
 def _results(path: Path) -> Table:

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from pydantic import Field
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ from needle.progress import Progress
 from needle.quantise import Quantisation
 from needle.rollouts import Rollouts, RolloutSettings, Scorer
 from needle.rollouts import check_legal as check_rollouts
-from needle.runs import Paths, Run, claim, reopen
+from needle.runs import Paths, Run, claim, identity, reopen
 from needle.schema import canonical_json, read_examples
 from needle.score import score_run
 from needle.student import Architecture, load, save
@@ -211,6 +212,31 @@ def sources(settings: Settings) -> Sources:
     if settings.needs & NETWORK or settings.rollouts.on:
         inputs["teacher"] = settings.teacher.student_identity()
     return Sources(shards, signals, inputs)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run that might be: its settings, checked, and what it reads."""
+
+    cfg: dict[str, Any]
+    settings: Settings
+    sources: Sources
+
+    @property
+    def identity(self) -> str:
+        return identity(self.cfg, self.sources.inputs)
+
+
+def composed(cfg: DictConfig, runtime: DictConfig) -> Composed:
+    """Of a composed configuration and the `hydra` node that belongs to it (config.compose).
+
+    Raises:
+        ConfigError: with every problem of it.
+        DataError: a file that its sources are named after cannot be read.
+    """
+    whole, built = config.prepared(cfg, main.stage_function, runtime=runtime)
+    settings = Settings(**built)
+    return Composed(whole, settings, sources(settings))
 
 
 def start(cfg: dict[str, Any], settings: Settings) -> Path:

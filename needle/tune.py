@@ -27,12 +27,13 @@ from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Field
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from needle import artifacts, cells, config, train
+from needle.console import show
 from needle.errors import ConfigError, UserError
-from needle.runs import Paths, Run, identity
+from needle.runs import Paths, Run
+from needle.train import Composed
 from needle.tuning import Axis, Pruning, Watch, draw, overrides_of, validations
 
 # So many failures in a row are not the draws' fault.
@@ -69,19 +70,6 @@ class Search:
         return self.folder / f"trial-{number:03}.lock"
 
 
-@dataclass(frozen=True)
-class Composed:
-    """A trial's settings, checked, and what it reads."""
-
-    cfg: dict[str, Any]
-    settings: train.Settings
-    sources: train.Sources
-
-    @property
-    def identity(self) -> str:
-        return identity(self.cfg, self.sources.inputs)
-
-
 @config.stage("tune")
 def main(
     cfg: dict[str, Any],
@@ -102,12 +90,15 @@ def main(
     usd_per_hour: Annotated[float, Field(ge=0)],
     paths: Paths,
 ) -> None:
-    if not allow_dirty and artifacts.source_state()["dirty"]:
-        raise ConfigError(
-            "the tree has uncommitted changes, so no run of it would be a result: commit them, or set allow_dirty=true"
-        )
-    own_paths = [override for override in cfg["_overrides_"] if override.startswith("paths.")]
-    common = (*_arm(exp, arm), *own_paths, *overrides, "samples=0", "suites=[]", f"name={study}")
+    artifacts.require_clean(allow_dirty=allow_dirty)
+    common = (
+        *_arm(exp, arm),
+        *config.path_words(cfg["_overrides_"]),
+        *overrides,
+        "samples=0",
+        "suites=[]",
+        f"name={study}",
+    )
     names = "study common space objective direction trials startup_trials pruning seed allow_dirty paths"
     search = Search(**{key: value for key, value in locals().items() if key in names.split()})
     as_they_are = _check(search)
@@ -148,10 +139,7 @@ def _arm(exp: str | None, arm: str | None) -> list[str]:
 
 
 def _composed(search: Search, overrides: Sequence[str]) -> Composed:
-    cfg, runtime = config.compose("train", [*search.common, *overrides])
-    whole, built = config.prepared(cfg, train.main.stage_function, runtime=runtime)
-    settings = train.Settings(**built)
-    return Composed(whole, settings, train.sources(settings))
+    return train.composed(*config.compose("train", [*search.common, *overrides]))
 
 
 def _check(search: Search) -> Composed:
@@ -361,7 +349,7 @@ def _report(search: Search, opened: optuna.Study) -> None:
         values = {name: trial.params[name] for name in search.space}
         told = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values()]
         table.add_row(str(trial.number), f"{trial.value:.4f}", *told, trial.user_attrs["run"])
-    Console(width=140).print(table)
+    show(table)
     best, first = ranked[0], trials[0]
     if first.state == TrialState.COMPLETE and best is not first:
         print(f"first trial: {first.value:.4f}, best: {best.value:.4f}, of one seed each")

@@ -26,6 +26,7 @@ from needle import config
 from needle.artifacts import write_text_atomic
 from needle.errors import ConfigError
 from needle.experiment import HEADLINE, ONLY_ARM, Sweep
+from needle.scores import suite_name
 
 # W&B puts a run's parameters in this word's place, as one JSON object: numbers stay numbers, whatever their form.
 PARAMETERS = "${args_json}"
@@ -60,7 +61,7 @@ def as_yaml(name: str, sweep: Sweep, *, where: Mapping[str, str], suites: Sequen
     if sweep.question:
         config["description"] = sweep.question
     if suites:
-        config["metric"] = {"name": f"{Path(suites[0]).stem}/{HEADLINE}", "goal": "maximize"}
+        config["metric"] = {"name": f"{suite_name(suites[0])}/{HEADLINE}", "goal": "maximize"}
     config["parameters"] = {key: {"values": values} for key, values in grid.items()}
     config["command"] = list(command)
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)

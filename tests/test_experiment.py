@@ -5,6 +5,7 @@ import pytest
 from needle.errors import ConfigError
 from needle.experiment import Sweep, cells_of, chosen
 from needle.runs import identity
+from needle.scores import suite_name
 
 SWEEP = Sweep(
     question=None,
@@ -61,3 +62,10 @@ def test_settings_make_another_run(change: dict):
 
 def test_inputs_make_another_run():
     assert identity(CFG, {"shards": "s"}) != identity(CFG, {"shards": "t"})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"), [("unseen", "unseen"), ("own/validation.jsonl", "own_validation"), ("own/hard.jsonl", "hard")]
+)
+def test_a_file_that_is_named_like_a_split_is_no_split(wanted: str, name: str):
+    assert suite_name(wanted) == name
