@@ -27,6 +27,7 @@ from needle.text.tokenizer import BOS, EOS, PAD, TextCodec
 
 CLOSING_FRAC = 0.25  # of max_new_tokens
 Request = tuple[str, Sequence[Tool]]
+Choose = Callable[[np.ndarray], int]  # a token by the scores of all [V]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ def draw(scores_V: np.ndarray, *, temperature: float, top_p: float, uniform: flo
     return int(order_V[min(place, int(np.searchsorted(cumulated_V, cumulated_V[-1])))])
 
 
+def drawer(*, temperature: float, top_p: float, generator: torch.Generator) -> Choose:
+    """Picks by `draw`, its uniform numbers from `generator`."""
+
+    def choose(scores_V: np.ndarray) -> int:
+        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+        return draw(scores_V, temperature=temperature, top_p=top_p, uniform=uniform)
+
+    return choose
+
+
 @dataclass
 class _Row:
     """One request while it is decoded. `fed` tokens are in the cache; `pending` are decided and not yet fed. `choose`
@@ -76,7 +87,7 @@ class _Row:
 
     index: int
     matcher: Any
-    choose: Callable[[np.ndarray], int] = likeliest
+    choose: Choose = likeliest
     pending: list[int] = field(default_factory=lambda: [BOS])
     answer: list[int] = field(default_factory=list)
     token_log_probs: list[float] = field(default_factory=list)
@@ -111,8 +122,8 @@ class Decoder:
         self.ends_number_V = np.array([text.startswith(",") for text in texts])
 
     @torch.inference_mode()
-    def decode(self, batch: Sequence[Request]) -> list[Decoded]:
-        """Answers in the order of the requests."""
+    def decode(self, batch: Sequence[Request], *, choose: Sequence[Choose] | None = None) -> list[Decoded]:
+        """Answers in the order of the requests; `choose`: how each picks its tokens, None: the likeliest."""
         answers: dict[int, Decoded] = {}
         rows: list[_Row] = []
         prompts: dict[int, list[int]] = {}
@@ -130,7 +141,7 @@ class Decoder:
                 answers[index] = Decoded(None, "", [], None, str(error))
                 continue
             prompts[index] = prompt
-            rows.append(_Row(index, matcher))
+            rows.append(_Row(index, matcher, likeliest if choose is None else choose[index]))
         if rows:
             self._run(rows, [prompts[row.index] for row in rows])
         finished = [self._finished(row, batch[row.index]) for row in rows]
@@ -160,7 +171,8 @@ class Decoder:
         rows = []
         for index, (shown, seed) in enumerate(zip(tools, seeds, strict=True)):
             matcher = self.grammar.matcher(shown) if self.grammar is not None and shown is not None else None
-            rows.append(_Row(index, matcher, _drawer(temperature, top_p, torch.Generator().manual_seed(seed))))
+            own = torch.Generator().manual_seed(seed)
+            rows.append(_Row(index, matcher, drawer(temperature=temperature, top_p=top_p, generator=own)))
         if rows:
             self._run(rows, [list(prompt) for prompt in prompts])
         return [row.answer for row in rows]
@@ -283,14 +295,6 @@ class Decoder:
             replace(answer, confidence=0.0 if answer.calls is None else confidence)
             for answer, confidence in zip(answers, judged, strict=True)
         ]
-
-
-def _drawer(temperature: float, top_p: float, generator: torch.Generator) -> Callable[[np.ndarray], int]:
-    def choose(scores_V: np.ndarray) -> int:
-        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-        return draw(scores_V, temperature=temperature, top_p=top_p, uniform=uniform)
-
-    return choose
 
 
 def _pooled(states_BSD: torch.Tensor, mask_BS: torch.Tensor) -> np.ndarray:

@@ -19,7 +19,8 @@ from needle.artifacts import fingerprint, source_state, write_json_atomic, write
 from needle.errors import DataError
 
 RUN_VERSION = 1
-# Keys that say how a run is named, executed and watched, and nothing of what it is.
+# Keys that say how a run is named, executed and watched, and nothing of what it is. A teacher's answers reach a run as
+# its corpus, which is among its inputs; its older settings for them stay in, as published runs are named with them.
 EXECUTION = (
     "name",
     "arm",
@@ -30,6 +31,7 @@ EXECUTION = (
     "logger",
     "paths",
     "student.name",
+    "teacher.answer_temperature",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.strategy",

@@ -1,7 +1,7 @@
 """A trained student as teacher: it re-scores the recorded answers of a shard, token by token, and answers requests.
 
 The student it teaches token by token must share its tokenizer, since the stored distributions are over its pieces; any
-student can learn from its answers. It decodes greedily under the grammar of the tools shown.
+student can learn from its answers. It decodes under the grammar of the tools shown, greedily or by sampling.
 """
 
 # R rows, T target tokens, V vocabulary, K stored tokens, X target tokens of all examples
@@ -27,7 +27,7 @@ from needle.teacher.microbatch import MicroBatcher
 from needle.text.tokenizer import EOS
 
 if TYPE_CHECKING:  # the decoder brings transformers, which settings must not wait for
-    from needle.decode import Decoded, Decoder
+    from needle.decode import Choose, Decoded, Decoder
 
 PROVIDER = "checkpoint"
 # What a student's answer depends on in its folder.
@@ -42,13 +42,14 @@ class CheckpointTeacher:
     checkpoint: Path
     top_k: Annotated[int, Field(ge=1, le=65536)]
     temperature: Annotated[float, Field(gt=0)]
+    answer_temperature: Annotated[float, Field(ge=0)]
     max_new_tokens: Annotated[int, Field(ge=1)]
     max_calls: Annotated[int, Field(ge=1)]
     max_source_tokens: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=1)]
     device: str
     traffic: Traffic
-    capabilities: ClassVar[frozenset[str]] = frozenset({"text", "top_k", "full_logits", "live", "features"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"text", "samples", "top_k", "full_logits", "live", "features"})
     roles: ClassVar[frozenset[str]] = frozenset({"label"})
     tokenizer: ClassVar[Literal["student", "own"]] = "student"
     key_variable: ClassVar[str | None] = None
@@ -150,16 +151,16 @@ class CheckpointTeacher:
         """The question which tools a request calls for. Students read no instruction, so the call holds none.
 
         Raises:
-            ConfigError: a second sample, since greedy answers are all the same.
+            ConfigError: a second sample of greedy answers, which are all the same.
             DataError: the checkpoint is not there.
         """
-        if sample:
+        if sample and not self.answer_temperature:
             raise ConfigError(
-                f"sample={sample}: teacher=checkpoint decodes greedily, so every sample is the same answer; ask for "
-                "one sample, or take a teacher that samples (teacher=transformers_local)"
+                f"sample={sample}: with teacher.answer_temperature=0 every sample is the same answer; ask for one, or "
+                "set teacher.answer_temperature above 0"
             )
-        limits = {name: getattr(self, name) for name in ("max_new_tokens", "max_calls")}
-        return TeacherCall(PROVIDER, self.student_identity(), "label", "", query, tools_json(tools), limits)
+        own = {name: getattr(self, name) for name in ("answer_temperature", "max_new_tokens", "max_calls")}
+        return TeacherCall(PROVIDER, self.student_identity(), "label", "", query, tools_json(tools), own, sample)
 
     def author_call(
         self, *, instruction: str, prompt: str, answer_schema: Mapping[str, Any], sample: int
@@ -192,14 +193,15 @@ class CheckpointTeacher:
             raise ConfigError(f"teacher.device={self.device} cannot be used: {problem}; take cpu") from error
         limits = {"max_new_tokens": self.max_new_tokens, "max_calls": self.max_calls}
         decoder = Decoder(model, codec, constrained=True, max_source_tokens=self.max_source_tokens, **limits)
-        return CheckpointConnection(decoder, name=name, batch_size=self.batch_size)
+        return CheckpointConnection(decoder, name=name, temperature=self.answer_temperature, batch_size=self.batch_size)
 
 
 class CheckpointConnection:
-    """A loaded student that answers concurrent calls in batches of like length, in one worker thread."""
+    """A loaded student that answers concurrent calls in batches of like length, in one worker thread. A sampled answer
+    draws from a generator of its own, seeded by its question's address: it is the same in any batch."""
 
-    def __init__(self, decoder: "Decoder", *, name: str, batch_size: int):
-        self._decoder, self._name = decoder, name
+    def __init__(self, decoder: "Decoder", *, name: str, temperature: float, batch_size: int):
+        self._decoder, self._name, self._temperature = decoder, name, temperature
         self._batches: MicroBatcher[TeacherCall, TeacherReply] = MicroBatcher(
             self._answer, batch_size=batch_size, size=lambda call: len(call.prompt) + len(call.tools)
         )
@@ -217,9 +219,17 @@ class CheckpointConnection:
             raise FatalError(f"asked of {strange.pop()}, but teacher.checkpoint is now {self._name}", every_call=True)
         start = time.perf_counter()
         requests = [(call.prompt, tuple(map(Tool.from_dict, json.loads(call.tools)))) for call in calls]
-        decoded = self._decoder.decode(requests)
+        decoded = self._decoder.decode(requests, choose=self._choosers(calls))
         latency_s = time.perf_counter() - start
         return [self._reply(*pair, latency_s) for pair in zip(requests, decoded, strict=True)]
+
+    def _choosers(self, calls: list[TeacherCall]) -> "list[Choose] | None":
+        if not self._temperature:
+            return None
+        from needle.decode import drawer
+
+        generators = [torch.Generator().manual_seed(int(call.key()[:15], 16)) for call in calls]
+        return [drawer(temperature=self._temperature, top_p=1.0, generator=one) for one in generators]
 
     def _reply(
         self, request: tuple[str, tuple[Tool, ...]], answer: "Decoded", latency_s: float

@@ -245,7 +245,7 @@ def test_training_on_pairs_finds_the_tools(codec, tools):
 def test_a_head_may_be_put_on_an_initial_student(tmp_path: Path, repository: Path):
     initial = repository / "experiments/000_first_distillation/nano_initial"
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["experiment=loss_checks", "student.retrieval_width=16"])
+        cfg = compose("train", ["experiment=008_loss_checks", "student.retrieval_width=16"])
     model, _ = _initial_student(initial, build(cfg.student), initial)
     before, _ = load(initial)
     weights = model.state_dict()

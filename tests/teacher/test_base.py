@@ -58,7 +58,7 @@ OWN_TOKENS = {"gemini", "openai_compatible", "transformers_local"}
 # By what a loss needs: the teachers it may learn from.
 LEGAL = {
     "text": TEACHERS.keys(),
-    "samples": OWN_TOKENS,
+    "samples": {"checkpoint", *OWN_TOKENS},
     "top_k": {"checkpoint", *OWN_TOKENS},
     "full_logits": {"checkpoint"},
 }

@@ -226,6 +226,18 @@ def test_it_answers_what_its_decoder_answers(folder: Path, batch_size: int):
     assert len({reply.text for reply in replies}) > 1
 
 
+def test_samples_differ_and_do_not_depend_on_their_batch(folder: Path):
+    def sampled(batch_size: int) -> list[Any]:
+        teacher = teacher_of(folder, answer_temperature=1.0, batch_size=batch_size, max_new_tokens=60, max_calls=2)
+        drawn = {"instruction": "", "query": REQUESTS[0][0], "tools": REQUESTS[0][1]}
+        return ask(teacher, [teacher.label_call(**drawn, sample=number) for number in range(8)])
+
+    replies = sampled(8)
+    assert [reply.text for reply in replies] == [reply.text for reply in sampled(3)]
+    assert len({reply.text for reply in replies}) > 1
+    assert all(reply.status == "ok" for reply in replies)
+
+
 def test_an_answer_without_end_is_truncated(folder: Path):
     teacher = teacher_of(folder, max_new_tokens=1)
     (reply,) = ask(teacher, [label(teacher, *REQUESTS[0])])
@@ -259,21 +271,21 @@ def test_a_call_is_named_after_all_that_its_answer_depends_on(
     for same in ({"batch_size": 3}, {"top_k": 2}, {"temperature": 2.0}, {"traffic": {"concurrency": 1}}):
         assert label(teacher_of(folder, **same), *REQUESTS[0]).key() == key
     keys = [key, label(teacher_of(folder), *REQUESTS[1]).key()]
-    keys += [label(teacher_of(folder, **{limit: 7}), *REQUESTS[0]).key() for limit in ("max_new_tokens", "max_calls")]
+    own = ("max_new_tokens", "max_calls", "answer_temperature")
+    keys += [label(teacher_of(folder, **{name: 7}), *REQUESTS[0]).key() for name in own]
     save(model, TextCodec(codec.tokenizer, "json"), folder / "model")
     keys.append(label(teacher_of(folder), *REQUESTS[0]).key())
     assert len(set(keys)) == len(keys)
 
 
 def test_signals_do_not_depend_on_how_it_is_asked(folder: Path):
-    asked = {"max_new_tokens": 7, "max_calls": 1, "max_source_tokens": 9, "batch_size": 1}
+    asked = {"answer_temperature": 1.0, "max_new_tokens": 7, "max_calls": 1, "max_source_tokens": 9, "batch_size": 1}
     assert teacher_of(folder, **asked).identity() == teacher_of(folder).identity()
 
 
 def test_what_a_student_cannot_do_is_refused_with_the_way_out(folder: Path, tmp_path: Path):
     teacher = teacher_of(folder)
-    assert "samples" not in teacher.capabilities
-    with pytest.raises(ConfigError, match=r"sample=1: .*greedily.*teacher=transformers_local"):
+    with pytest.raises(ConfigError, match=r"sample=1: .*teacher\.answer_temperature above 0"):
         teacher.label_call(instruction="", query="ten", tools=(), sample=1)
     with pytest.raises(ConfigError, match=r"cannot author.*teacher=transformers_local"):
         teacher.author_call(instruction="", prompt="Write.", answer_schema={}, sample=0)
