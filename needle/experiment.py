@@ -11,12 +11,14 @@
 is six cells: each arm at each point of the grid. The file's other keys hold for all of them.
 """
 
+import difflib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from needle import config
 from needle.errors import ConfigError
 
 ONLY_ARM = "all"  # of an experiment without arms
@@ -58,6 +60,16 @@ class Cell:
 
     def meets(self, key: str, value: str) -> bool:
         return value == (self.arm if key == "arm" else _plain(self.point[key]))
+
+
+def known_experiment(name: str | None) -> str:
+    """Raises ConfigError where conf/experiment has none of this name."""
+    names = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name or "", names, n=1)
+    guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    raise ConfigError(f"exp={name}: name an experiment of conf/experiment; {guess}")
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:

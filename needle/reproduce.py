@@ -26,6 +26,7 @@ from needle import artifacts, config
 from needle.cells import FINISHED
 from needle.console import duration, show
 from needle.errors import ConfigError, UserError
+from needle.experiment import known_experiment
 from needle.reporting.agreement import IDENTICAL, Line, agreement
 from needle.reporting.published import Published, read
 from needle.runs import Paths, Run
@@ -33,7 +34,6 @@ from needle.sweep import (
     Plan,
     close,
     cost_of,
-    known_experiment,
     planned,
     run,
     show_cost,

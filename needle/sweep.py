@@ -12,7 +12,6 @@ the work: a cell that another process runs is passed over.
 """
 
 import csv
-import difflib
 import json
 import logging
 import shutil
@@ -38,7 +37,7 @@ from needle import artifacts, cells, config, generate, prepare, signals, train
 from needle.cells import FAILED, FINISHED, RUNNING, STOPPED, State, Told
 from needle.console import quiet, show
 from needle.errors import ConfigError, UserError
-from needle.experiment import Cell, Sweep, cells_of, chosen
+from needle.experiment import Cell, Sweep, cells_of, chosen, known_experiment
 from needle.report import main as report_stage
 from needle.runs import Paths, Run
 from needle.scores import suite_name
@@ -147,16 +146,6 @@ def planned(
         raise ConfigError("\n".join(f"{_where(some, wanted)}: {problem}" for problem, some in problems.items()))
     _refuse_twins(found)
     return Plan(experiment, sweep, common, paths, allow_dirty, tuple(found))
-
-
-def known_experiment(name: str | None) -> str:
-    """Raises ConfigError where conf/experiment has none of this name."""
-    names = sorted(path.stem for path in (config.CONF / "experiment").glob("*.yaml"))
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name or "", names, n=1)
-    guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    raise ConfigError(f"exp={name}: name an experiment of conf/experiment; {guess}")
 
 
 def _sweep_of(common: Sequence[str]) -> Sweep:

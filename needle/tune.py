@@ -32,6 +32,7 @@ from rich.table import Table
 from needle import artifacts, cells, config, train
 from needle.console import show
 from needle.errors import ConfigError, UserError
+from needle.experiment import known_experiment
 from needle.runs import Paths, Run
 from needle.train import Composed
 from needle.tuning import Axis, Pruning, Watch, draw, overrides_of, validations
@@ -129,13 +130,13 @@ def _arm(exp: str | None, arm: str | None) -> list[str]:
         if arm is not None:
             raise ConfigError(f"arm={arm}: name the experiment that it is an arm of with exp=...")
         return []
-    cfg, _ = config.compose("train", [f"experiment={exp}"])
-    arms = cfg.sweep.arms
+    experiment = f"experiment={known_experiment(exp)}"
     if arm is None:
-        return [f"experiment={exp}"]
+        return [experiment]
+    arms = config.compose("train", [experiment])[0].sweep.arms
     if arm not in arms:
         raise ConfigError(f"arm={arm}: {exp} has {', '.join(arms) or 'no arms'}")
-    return [f"experiment={exp}", *arms[arm]]
+    return [experiment, *arms[arm]]
 
 
 def _composed(search: Search, overrides: Sequence[str]) -> Composed:

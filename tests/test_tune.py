@@ -154,6 +154,7 @@ def test_a_search_stops_when_trials_fail_in_a_row_and_tells_why(search, monkeypa
     [
         (["exp=001_losses", "arm=backward_kl"], ["backward_kl", "forward_kl"]),
         (["arm=forward_kl"], ["exp="]),
+        (["exp=001_loses"], ["exp=001_loses", "did you mean 001_losses?"]),
         (["space.rest.keys=[optim.adam_lr]"], ["adam_lr"]),
         (["space.rest.scale=linear", "space.rest.low=0"], ["optim.adamw_lr", "greater than 0"]),
         (["overrides=['data.copies_per_request=3']"], ["needle.prepare"]),
