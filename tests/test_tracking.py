@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Any, cast
 
 import pytest
@@ -344,6 +345,14 @@ def test_parallel_jobs_hold_each_its_own_whole_configuration(tmp_path: Path):
         assert {key: told.get(key, "absent") for key in own} == own
         seen.append(told[".seed"])
     assert sorted(seen) == [1, 2]
+
+
+def test_a_run_of_many_leaves_the_telling_to_whoever_runs_them(tmp_path: Path):
+    words = ["cell", "logger=wandb", f"paths.runs={tmp_path / 'runs'}", '{"seed": 1}']
+    where = {"url": "http://127.0.0.1:9", "folder": tmp_path}
+    assert "Run history" in with_wandb(PROGRAM, *words, **where)
+    of_many = f"from needle.console import quiet\nwith quiet():\n{indent(PROGRAM, '    ')}"
+    assert with_wandb(of_many, *words, **where) == ""
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from needle.artifacts import write_json_atomic
 from needle.budgets import budgets
+from needle.console import is_quiet
 from needle.errors import UserError
 from needle.runs import Run
 from needle.tracking import lineage
@@ -266,6 +267,7 @@ class WandbTracking:
                 mode="online" if agent else self.mode,
                 config=config,
                 resume="allow",
+                settings=_told_by_others(self.mode) if is_quiet() else None,
             )
         except (wandb.errors.Error, TimeoutError) as error:
             raise UserError(
@@ -275,6 +277,12 @@ class WandbTracking:
 
 
 Tracking = NoTracking | WandbTracking
+
+
+def _told_by_others(mode: str) -> dict[str, bool]:
+    """W&B's settings for one run of many: its forty lines of summary would bury the sweep's own. An online run still
+    says what went wrong."""
+    return {"silent": True} if mode == "offline" else {"quiet": True}
 
 
 def _agent_run() -> str | None:
