@@ -17,13 +17,11 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
 
 from needle.student.architecture import Architecture, Offer, check_heads
 from needle.student.san import (
@@ -38,7 +36,8 @@ from needle.student.san import (
     SelectiveRead,
     rotary_angles,
 )
-from needle.student.segments import causal, continued, positions_in_segment, same_segment, segments_of
+from needle.student.segments import causal, positions_in_segment, same_segment
+from needle.student.source_first import SourceFirst, SourceRead
 from needle.text.tokenizer import BOS, EOS, PAD, TextCodec
 
 
@@ -143,35 +142,7 @@ class Layer(nn.Module):
         return x
 
 
-@dataclass
-class SourceRead(BaseModelOutput):
-    """A source, read: states, every layer's keys and values [B, N, G, S, E], and what the copy head reads."""
-
-    last_hidden_state: torch.FloatTensor | None = None
-    keys: torch.FloatTensor | None = None
-    values: torch.FloatTensor | None = None
-    tool_scores: torch.FloatTensor | None = None
-    copy_keys: torch.FloatTensor | None = None
-    source_ids: torch.LongTensor | None = None
-
-
-def stacked(cache: DynamicCache) -> dict[str, Tensor]:
-    """`keys` and `values` of a cache, [B, N, G, S, E] each."""
-    return {
-        "keys": torch.stack([layer.keys for layer in cache.layers], dim=1),
-        "values": torch.stack([layer.values for layer in cache.layers], dim=1),
-    }
-
-
-def unstacked(keys: Tensor, values: Tensor) -> DynamicCache:
-    """A cache of their own tensors, which it adds to without changing them."""
-    cache = DynamicCache()
-    for index, pair in enumerate(zip(keys.unbind(dim=1), values.unbind(dim=1), strict=True)):
-        cache.update(*pair, index)
-    return cache
-
-
-class DecoderOnlySAN(SANPreTrainedModel):
+class DecoderOnlySAN(SourceFirst, SANPreTrainedModel):
     """The student. Logits are log-probabilities when the copy head is on, so every loss may treat them alike."""
 
     config_class = DecoderOnlySANConfig
@@ -196,17 +167,6 @@ class DecoderOnlySAN(SANPreTrainedModel):
     def get_output_embeddings(self) -> None:
         return None  # the output projection *is* the input embedding: there is no second matrix to tie
 
-    def get_encoder(self, *_: Any, **__: Any) -> Any:
-        return self.read
-
-    def read(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, source_segments_BS: Tensor | None = None
-    ) -> SourceRead:
-        """The source alone, for targets that go on from it."""
-        cache = DynamicCache()
-        found = self._read(input_ids, segments_of(input_ids, attention_mask, source_segments_BS), cache)
-        return SourceRead(**found, **stacked(cache))
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -223,19 +183,11 @@ class DecoderOnlySAN(SANPreTrainedModel):
 
         `past_key_values` holds the source too: a cache that this method gave back. `use_cache` gives one back.
         """
-        if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
-            raise ValueError("the student needs decoder_input_ids, and input_ids or encoder_outputs")
-        found: Any = encoder_outputs
-        source_ids = input_ids if found is None else found.source_ids
-        source_segments = segments_of(source_ids, attention_mask, source_segments_BS)
-        cache = past_key_values
-        if found is None:
-            cache = DynamicCache()
-            found = SourceRead(**self._read(input_ids, source_segments, cache))
-        elif cache is None:
-            cache = unstacked(found.keys, found.values)
-        steps, past_tokens = decoder_input_ids.shape[1], cache.get_seq_length() - source_ids.shape[1]
-        mask, positions = continued(source_segments, target_segments_BT, steps=steps, past_tokens=past_tokens)
+        if decoder_input_ids is None:
+            raise ValueError("the student needs decoder_input_ids")
+        begun = self._begun(input_ids, attention_mask, source_segments_BS, encoder_outputs, past_key_values)
+        found, cache, source_ids = begun.source, begun.cache, begun.source.source_ids
+        mask, positions = begun.continued(target_segments_BT, steps=decoder_input_ids.shape[1])
         to_source_BTS = mask[:, 0, :, : source_ids.shape[1]]
         x = self.embedding(decoder_input_ids) * math.sqrt(self.config.width)
         if self.selective_read is not None:

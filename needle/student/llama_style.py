@@ -7,7 +7,7 @@ and one tied embedding, as small ones of its kind have. No copy head, no QK-norm
 Network: the comparison that shows what those bring. Weights are saved under the names of transformers'
 LlamaForCausalLM.
 
-Source and target are one sequence, read in two parts as in needle.student.decoder_only.
+Source and target are one sequence, read in two parts: needle.student.source_first.
 Cost: every token passes all layers; see `python -m needle.bench`.
 """
 
@@ -23,8 +23,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from needle.student.architecture import Architecture, Offer, check_heads
-from needle.student.decoder_only import SourceRead, stacked, unstacked
-from needle.student.segments import causal, continued, positions_in_segment, segments_of
+from needle.student.segments import causal, positions_in_segment
+from needle.student.source_first import SourceFirst, SourceRead
 from needle.text.tokenizer import BOS, EOS, PAD, TextCodec
 
 
@@ -86,21 +86,10 @@ class LlamaStyleNetwork(Architecture):
         )
 
 
-class LlamaStyle(LlamaForCausalLM):
+class LlamaStyle(SourceFirst, LlamaForCausalLM):
     """The student. Its logits are those of the vocabulary. `generate` is not for it: needle.decode answers."""
 
     config_class = LlamaStyleConfig
-
-    def get_encoder(self, *_: Any, **__: Any) -> Any:
-        return self.read
-
-    def read(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, source_segments_BS: Tensor | None = None
-    ) -> SourceRead:
-        """The source alone, for targets that go on from it."""
-        cache = DynamicCache()
-        states = self._read(input_ids, segments_of(input_ids, attention_mask, source_segments_BS), cache)
-        return SourceRead(last_hidden_state=states, source_ids=input_ids, **stacked(cache))
 
     def forward(
         self,
@@ -115,28 +104,19 @@ class LlamaStyle(LlamaForCausalLM):
         **_: Any,
     ) -> Seq2SeqLMOutput:
         """Logits [B, T, V] for the tokens after `decoder_input_ids`; arguments as DecoderOnlySAN's."""
-        if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
-            raise ValueError("the student needs decoder_input_ids, and input_ids or encoder_outputs")
-        found: Any = encoder_outputs
-        source_ids = input_ids if found is None else found.source_ids
-        source_segments = segments_of(source_ids, attention_mask, source_segments_BS)
-        cache = past_key_values
-        if found is None:
-            cache = DynamicCache()
-            states = self._read(input_ids, source_segments, cache)
-        else:
-            states = found.last_hidden_state
-            cache = cache if cache is not None else unstacked(found.keys, found.values)
-        steps, past_tokens = decoder_input_ids.shape[1], cache.get_seq_length() - source_ids.shape[1]
-        mask, positions = continued(source_segments, target_segments_BT, steps=steps, past_tokens=past_tokens)
+        if decoder_input_ids is None:
+            raise ValueError("the student needs decoder_input_ids")
+        begun = self._begun(input_ids, attention_mask, source_segments_BS, encoder_outputs, past_key_values)
+        mask, positions = begun.continued(target_segments_BT, steps=decoder_input_ids.shape[1])
         return Seq2SeqLMOutput(
-            logits=self.lm_head(self._through(decoder_input_ids, mask, positions, cache)),
-            past_key_values=cache if use_cache else None,
-            encoder_last_hidden_state=states,
+            logits=self.lm_head(self._through(decoder_input_ids, mask, positions, begun.cache)),
+            past_key_values=begun.cache if use_cache else None,
+            encoder_last_hidden_state=begun.source.last_hidden_state,
         )
 
-    def _read(self, input_ids: Tensor, segments_BS: Tensor, cache: DynamicCache) -> Tensor:
-        return self._through(input_ids, causal(segments_BS), positions_in_segment(segments_BS), cache)
+    def _read(self, input_ids: Tensor, segments_BS: Tensor, cache: DynamicCache) -> dict[str, Any]:
+        states = self._through(input_ids, causal(segments_BS), positions_in_segment(segments_BS), cache)
+        return {"last_hidden_state": states, "source_ids": input_ids}
 
     def _through(self, ids_BT: Tensor, mask: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:
         """Every layer's keys and values join the cache. A mask of four dimensions is taken as it is."""
