@@ -56,10 +56,20 @@ Role = Collect | Label | Author
 
 def corpus_folder(paths: Paths, data: DataSettings) -> Path:
     """The corpus that a data setting stands on: data.corpus where that is one already, else the recorded answers under
-    the default checks. Named after the files and the split rule; which slice of the domains is used comes later."""
+    the default checks. Named after the files and the split rule; which slice of the domains is used comes later.
+
+    Raises:
+        DataError: it is neither.
+    """
     folder = Path(data.corpus)
     if (folder / "manifest.json").is_file():
         return folder
+    if not any(folder.glob("*.tools.json")):
+        problem = "holds no corpus" if folder.is_dir() else "is not there"
+        raise DataError(
+            f"data.corpus={folder} {problem}: name a folder that needle.generate has written (with manifest.json), or "
+            "recorded answers (DOMAIN.jsonl and DOMAIN.tools.json)"
+        )
     files = artifacts.hash_files(sorted(folder.glob("*.json*")))
     rule = replace(data.split, domains=None)
     return paths.artifacts / f"corpus-{artifacts.fingerprint(version=GENERATE_VERSION, files=files, split=rule)}"

@@ -155,6 +155,11 @@ def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(
         ({"smooth": ["loss=label_smoothing", "optim.moun_lr=1"]}, [], "arm smooth: Could not override 'optim.moun_lr'"),
         ({"smooth": ["loss=label_smoothing", "optim.muon_lr=fast"]}, [], 'arm smooth: optim.muon_lr="fast"'),
         ({}, ["optim.muon_lr=fast"], 'needle.sweep: optim.muon_lr="fast"'),
+        (
+            {"bought": ["loss=hard_label", "data.corpus=artifacts/corpus-0"]},
+            [],
+            "corpus=artifacts/corpus-0 is not there",
+        ),
         ({"smooth": ["loss=hard_label"]}, [], "cells plain seed=1 and smooth seed=1 have the same settings"),
     ],
 )
