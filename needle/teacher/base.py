@@ -62,6 +62,10 @@ class TeacherCall:
         """Content address: equal calls have equal keys, whatever the order of any mapping."""
         return hashlib.sha256(canonical_json(vars(self)).encode()).hexdigest()
 
+    def seed(self) -> int:
+        """Of the generator that a teacher in this process samples the answer with: the same in any batch."""
+        return int(self.key()[:15], 16)
+
 
 @dataclass(frozen=True)
 class TokenLogProb:

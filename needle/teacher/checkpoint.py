@@ -228,7 +228,7 @@ class CheckpointConnection:
             return None
         from needle.decode import drawer
 
-        generators = [torch.Generator().manual_seed(int(call.key()[:15], 16)) for call in calls]
+        generators = [torch.Generator().manual_seed(call.seed()) for call in calls]
         return [drawer(temperature=self._temperature, top_p=1.0, generator=one) for one in generators]
 
     def _reply(

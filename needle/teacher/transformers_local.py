@@ -512,7 +512,7 @@ class _Chooser:
     def __init__(self, batch: Sequence[_Question], model: LocalModel):
         self.batch, self.teacher, self.interrupted = batch, model.teacher, model.interrupted
         self.stops, self.pieces = frozenset(model.stops), len(model.tokenizer)
-        seeds = [int(question.call.key()[:15], 16) for question in batch] if model.teacher.temperature else []
+        seeds = [question.call.seed() for question in batch] if model.teacher.temperature else []
         self.generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
         self.matchers = [question.grammar and question.grammar.deep_copy() for question in batch]
         self.live = [True] * len(batch)
