@@ -160,7 +160,8 @@ def test_the_head_is_saved_with_the_student(model, codec, tools, tmp_path):
     loaded, its_codec = load(tmp_path)
     assert loaded.retrieval_head.log_scale.item() == 3.0
     texts = [tool_ids(its_codec, tool) for tool in tools]
-    assert torch.equal(embed(loaded, texts, batch_size=2), embed(model, texts, batch_size=2))
+    # one product rounds differently with where its weights lie in memory
+    torch.testing.assert_close(embed(loaded, texts, batch_size=2), embed(model, texts, batch_size=2))
 
 
 def test_a_student_from_before_there_was_a_head_loads_and_says_that_it_has_none(codec, tools, tmp_path):
