@@ -7,8 +7,9 @@ unseen.jsonl, the fixed evaluation suites. Nothing of validation, test or unseen
 training arrays. With data.symbolic_examples above 0 there is symbolic/, for curricula; the tokenizer is not trained on
 it, so that a curriculum does not change how the others' texts are cut.
 
-A labelled corpus's answers.jsonl gives training examples their confidence, with data.answers=all also the teacher's
-other answers with their weights. What evaluates keeps its one recorded answer, weight and confidence 1.
+A labelled corpus's answers.jsonl gives training examples their confidence (a judge's agreement, times the recorded
+answer's share of the teacher's samples), with data.answers=all the teacher's other answers with their weights instead
+of that share. What evaluates keeps its one recorded answer, weight and confidence 1.
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from needle import artifacts, config
-from needle.corpus.answers import read_answers
+from needle.corpus.answers import ANSWERS_VERSION, read_answers
 from needle.corpus.mix import Mixer, evaluation
 from needle.corpus.symbolic import symbolic_examples
 from needle.data.packing import pack, padding_frac
@@ -52,7 +53,7 @@ def shards_folder(paths: Paths, data: DataSettings) -> Path:
     parts["given"] = artifacts.hash_files(data.given)
     # A bought corpus is named after its examples: the same ones may come with other answers and weights.
     answers = Path(data.corpus) / "answers.jsonl"
-    parts["answers"] = artifacts.hash_file(answers) if answers.is_file() else None
+    parts["answers"] = [ANSWERS_VERSION, artifacts.hash_file(answers)] if answers.is_file() else None
     return paths.artifacts / f"shards-{artifacts.fingerprint(version=PREPARE_VERSION, **parts)}"
 
 

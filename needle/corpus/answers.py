@@ -1,8 +1,8 @@
 """A teacher's several answers to one request as training examples: which can be used, and how they are varied together.
 
 answers.jsonl of a corpus (see needle.generate) has a line for each request with more to tell than its calls:
-`{"id", "weight", "answers": [{"calls", "weight"}]}`. The line's weight is how far the recorded answer is trusted, an
-answer's is its share of the samples.
+`{"id", "weight", "answers": [{"calls", "weight"}]}`. The line's weight is the share of a judge's samples that agree
+with the recorded answer (1 without a judge), an answer's is its share of the teacher's own samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,13 @@ import numpy as np
 
 from needle.corpus.augment import Augment
 from needle.corpus.distractors import ToolPool
-from needle.corpus.labelling import WeightedAnswer, kind_of_answer, shown_tools
+from needle.corpus.labelling import WeightedAnswer, kind_of_answer, same_answer, shown_tools
 from needle.corpus.values import ValuePool, swap_values
 from needle.errors import DataError
 from needle.schema import BadLine, Example, Tool, ToolCall, read_lines
+
+# Counts changes of what a line of answers.jsonl does to a training example; part of the address of such shards.
+ANSWERS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,21 @@ def _weight(value: Any, *, least: float) -> float:
     return min(1.0, float(value))
 
 
+def recorded(example: Example, told: Told | None) -> Weighed:
+    """The recorded answer alone, trusted as far as the judge does times its share among the teacher's samples."""
+    if told is None:
+        return Weighed(example, 1.0, 1.0)
+    if not told.answers:
+        return Weighed(example, 1.0, told.confidence)
+    own = same_answer(example.calls)
+    share = sum(answer.weight for answer in told.answers if same_answer(answer.calls) == own)
+    return Weighed(example, 1.0, told.confidence * min(1.0, share))
+
+
 def usable(example: Example, told: Told | None, tools: Mapping[str, Sequence[Tool]]) -> list[Weighed]:
     """An example for each answer that breaks no schema of the tools that the teacher saw, all of them showing the tools
-    that any of them calls; their weights add up to 1. The recorded example alone where fewer than two are valid.
+    that any of them calls; their weights add up to 1. The recorded example alone where fewer than two are valid. How
+    often the teacher gave an answer is its weight, and so no part of its confidence.
 
     `tools`: of each domain, among which the teacher chose.
     """

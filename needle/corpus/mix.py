@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from needle.corpus.answers import Told, Weighed, usable, vary_together
+from needle.corpus.answers import Told, Weighed, recorded, usable, vary_together
 from needle.corpus.distractors import ToolPool, show_tools
 from needle.corpus.values import ValuePool
 from needle.schema import Example, Tool
@@ -51,9 +51,9 @@ class Mixer:
         """The answers to every `parts`-th copy of a request, from number `part`; copy k of a request depends on (seed,
         request, k). One answer, or with data.answers=all every one that the teacher gave: then for the same words and
         tools, weights adding up to 1."""
-        recorded = product(range(self.settings.copies_per_request), self.train, [self.tools], [self.values])
+        train = product(range(self.settings.copies_per_request), self.train, [self.tools], [self.values])
         given = product(range(self.settings.given_copies), self.given, [None], [self.given_values])
-        for copy, example, pool, values in islice(chain(recorded, given), part, None, parts):
+        for copy, example, pool, values in islice(chain(train, given), part, None, parts):
             rng = generator(self.settings.seed, example.id, copy)
             tools = pool if pool is not None and has_pool(example, self.seen) else None
             varied = vary_together(
@@ -71,7 +71,7 @@ class Mixer:
             if example.id not in self._usable:  # every copy asks, and schemas are slow to check
                 self._usable[example.id] = usable(example, told, self.seen)
             return self._usable[example.id]
-        return [Weighed(example, 1.0, 1.0 if told is None else told.confidence)]
+        return [recorded(example, told)]
 
 
 def has_pool(example: Example, tools: Mapping[str, Sequence[Tool]]) -> bool:

@@ -25,7 +25,7 @@ class About(NamedTuple):
 
     kind: index into schema.KINDS. gold_tools: bit i is set where the answer calls the prompt's tool i, of its first
     GOLD_TOOLS_MAX. tools: how many the prompt shows. answer_weight: the answer's share among the teacher's samples for
-    this request, above 0 to 1. confidence: the teacher's, 0 to 1.
+    this request, above 0 to 1. confidence: how far the answer is trusted, 0 to 1.
     """
 
     kind: int

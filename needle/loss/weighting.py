@@ -25,7 +25,7 @@ class Weighting:
     The loss is divided by the sum of these weights over the batch, so their common scale does not matter and the
     expected loss is the same however examples are packed, padded or split into micro-batches.
 
-    `confidence` is the teacher's own, or its samples' agreement, between 0 and 1 (1 where nothing is known). With
+    `confidence` is how far the answer is trusted, 0 to 1: needle.corpus.answers (1 where nothing is known). With
     `focal_gamma` above 0 a token's loss is multiplied by (1 - p_student(label))^gamma (Lin et al. 2017), which is taken
     as a constant by the gradient and does not enter the divisor: tokens that are learnt fade out.
     """

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from needle import config, prepare
 from needle.corpus import catalogue
-from needle.corpus.answers import Told, Weighed, read_answers, usable, vary_together
+from needle.corpus.answers import Told, Weighed, read_answers, recorded, usable, vary_together
 from needle.corpus.augment import Augment
 from needle.corpus.distractors import ToolPool
 from needle.corpus.labelling import WeightedAnswer, kind_of_answer
@@ -70,6 +70,17 @@ def test_only_valid_answers_count_and_their_weights_are_shared_out():
     nothing = Told(0.25, (WeightedAnswer((ToolCall("no_such_tool", {}),), 1.0),))
     assert usable(example, nothing, RECORDED.tools) == [Weighed(example, 1.0, 0.25)]
     assert usable(example, None, RECORDED.tools) == [Weighed(example, 1.0, 1.0)]
+
+
+def test_the_recorded_answer_is_trusted_by_its_share_and_by_the_judge():
+    example = CALLING[0]
+    other = (ToolCall("no_such_tool", {}),)
+    samples = (WeightedAnswer(other, 0.75), WeightedAnswer(tuple(reversed(example.calls)), 0.25))
+    assert recorded(example, Told(0.5, samples)) == Weighed(example, 1.0, 0.125)
+    assert recorded(example, Told(1.0, samples)) == Weighed(example, 1.0, 0.25)
+    assert recorded(example, Told(1.0, samples[:1])).confidence == 0
+    assert recorded(example, Told(0.5, ())) == Weighed(example, 1.0, 0.5)
+    assert recorded(example, None) == Weighed(example, 1.0, 1.0)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -279,11 +290,13 @@ def is_example(batch: dict[str, torch.Tensor], train: Shard, i: int, segment: in
     return target == its_target and source == train.source[slice(*train.source_offsets[i : i + 2])].tolist()
 
 
-def test_the_first_answer_keeps_the_confidence_and_has_shards_of_its_own(labelled: Path, shards: Path, tmp_path: Path):
+def test_the_first_answer_counts_as_often_as_it_was_given_and_has_shards_of_its_own(
+    labelled: Path, shards: Path, tmp_path: Path
+):
     first = shards_of(labelled, tmp_path, "data.answers=first")
     train = Shard.open(first / "train")
     assert set(train.answer_weight.tolist()) == {1.0}
-    assert np.sort(train.confidence) == pytest.approx([0.4] * 3 + [0.75] * 3 + [1.0] * 3)
+    assert np.sort(train.confidence) == pytest.approx([0.75 * 0.5] * 3 + [0.4] * 3 + [0.6] * 3)
     assert first.name != shards.name
     assert not (first / "symbolic").exists()
     # Other weights for the same examples: other shards.
