@@ -124,7 +124,7 @@ class Distillation(pl.LightningModule):
         )
         if self.global_step % self.settings.log_every_steps == 0 or self.global_step == self.settings.steps:
             told = {"norm": float(norm), "factor": factor, "share": share, "on_policy": on_policy}
-            self._record_step(whole, batch, weights, counts, **told)
+            self._record_step(whole, batch, counts, **told)
 
     def _on_policy(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
         if self.rollouts is None:
@@ -145,7 +145,6 @@ class Distillation(pl.LightningModule):
         self,
         measured: Measured,
         batch: dict[str, Tensor],
-        weights_RT: Tensor,
         counts: dict[str, Tensor],
         *,
         norm: float,
@@ -159,7 +158,7 @@ class Distillation(pl.LightningModule):
                 f"the loss is not finite at step {self.global_step}; lower optim.muon_lr or adamw_lr"
             )
         self.last_loss_nats = means.pop(TOKENS)
-        labels = float((measured.label_nats_RT * weights_RT).sum() / weights_RT.sum())
+        labels = _label_nats(measured.label_nats_RT, batch["labels_RT"])
         record = {"loss_nats": self.last_loss_nats, "label_nats": labels, "grad_norm": norm, "lr_factor": factor}
         record |= _by_span(measured.nats_RT, batch) | {f"auxiliary_{name}": mean for name, mean in means.items()}
         if self.objective.distils:
@@ -183,8 +182,8 @@ class Distillation(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         whole = {name: torch.cat([part[name] for part in self._validation]) for name in self._validation[0]}
         right, weights, kept = whole["right_RT"], whole["weights_RT"], whole["labels_RT"] != IGNORE
-        means = [float((whole[name] * weights).sum() / weights.sum()) for name in ("nats_RT", "label_nats_RT")]
-        record = dict(zip(("loss_nats", "label_nats"), means, strict=True))
+        record = {"loss_nats": float((whole["nats_RT"] * weights).sum() / weights.sum())}
+        record["label_nats"] = _label_nats(whole["label_nats_RT"], whole["labels_RT"])
         record |= _by_span(whole["nats_RT"], whole)
         record["token_exact_frac"] = float(right[kept].float().mean())
         record["call_forced_exact_frac"] = _whole_examples_right(right, whole["target_segments_RT"], kept)
@@ -234,6 +233,12 @@ def _detached(measured: Measured) -> Measured:
 def _joined(parts: list[Measured]) -> Measured:
     sums = {name: torch.stack([part.sums[name] for part in parts]).sum() for name in parts[0].sums}
     return Measured(*(torch.cat(tensors) for tensors in zip(*(part[:-1] for part in parts), strict=True)), sums)
+
+
+def _label_nats(nats_RT: Tensor, labels_RT: Tensor) -> float:
+    """Unweighted mean over tokens: the one number that runs of every loss and weighting are compared by."""
+    kept = labels_RT != IGNORE
+    return float((nats_RT * kept).sum() / kept.sum())
 
 
 def _by_span(nats_RT: Tensor, batch: dict[str, Tensor]) -> dict[str, float]:

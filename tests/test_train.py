@@ -15,7 +15,9 @@ from omegaconf import OmegaConf
 from running import running
 
 from needle import config
+from needle.data.shards import Shard
 from needle.errors import ConfigError
+from needle.text.render import Span
 from needle.train import main
 
 CANARY = "canary-51be07-key"
@@ -27,7 +29,7 @@ SLICE = [
 STUDENT = ["student=san_nano", "student.width=32", "student.heads=2", "student.kv_heads=1", "student.encoder_layers=1"]
 STUDENT += ["student.decoder_layers=1", "student.copy_width=8"]
 SMALL = ["trainer=fast", "trainer.steps=24", "trainer.checkpoint_every_steps=8", "trainer.validate_every_steps=12"]
-SMALL += ["trainer.log_every_steps=1", "samples=2"]
+SMALL += ["trainer.log_every_steps=1", "samples=2", "weighting=spans"]
 
 
 def needle(stage: str, *overrides: str, folder: Path, **kwargs) -> subprocess.CompletedProcess:
@@ -104,6 +106,16 @@ def test_a_run_folder_holds_what_was_done(uninterrupted: Path):
     assert steps == list(range(1, 25))
     last = json.loads((uninterrupted / "history.jsonl").read_text().splitlines()[-1])
     assert {"val/loss_nats", "val/call_forced_exact_frac"} <= set(last)
+
+
+def test_the_labels_nats_carry_no_weights_and_the_loss_does(uninterrupted: Path, prepared: Path):
+    last = json.loads((uninterrupted / "history.jsonl").read_text().splitlines()[-1])
+    (folder,) = (prepared / "artifacts").glob("shards-*")
+    spans = Shard.open(folder / "validation").spans
+    tokens = {span: int((spans == span).sum()) for span in Span}
+    summed = sum(count * last[f"val/loss_{span.name.lower()}_nats"] for span, count in tokens.items() if count)
+    assert last["val/label_nats"] == pytest.approx(summed / len(spans), rel=1e-5)
+    assert last["val/loss_nats"] != pytest.approx(last["val/label_nats"], rel=1e-3)
 
 
 def test_wandb_offline_run_holds_the_whole_configuration(uninterrupted: Path):
