@@ -43,6 +43,7 @@ from needle.scores import (
     suite_name,
 )
 from needle.student import MODEL_FILES, load
+from needle.student.confidence import HEAD_FILES
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -161,7 +162,9 @@ def _score_checkpoint(
     if not (folder / "model.safetensors").is_file():
         way_out = "checkpoints=[final]" if checkpoint == "initial" else f"python -m needle.train resume={run.folder}"
         raise DataError(f"{run.folder} has no {checkpoint} student ({folder}); {way_out}")
-    identity = artifacts.fingerprint(**{name: artifacts.hash_file(folder / name) for name in MODEL_FILES})
+    # The confidence head changes no answer, but how sure each is.
+    files = [*MODEL_FILES, *(name for name in HEAD_FILES if (folder / name).is_file())]
+    identity = artifacts.fingerprint(**{name: artifacts.hash_file(folder / name) for name in files})
     decoder = None
     for suite in suites:
         inputs = {

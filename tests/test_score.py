@@ -16,7 +16,8 @@ from needle.metrics import matching
 from needle.schema import Example, Tool, ToolCall
 from needle.score import Settings, Suite
 from needle.scores import TrainingRun, answers_path, read_answers, read_score, score_name, score_path, select_runs
-from needle.student import SimpleAttentionNetwork, save
+from needle.student import SimpleAttentionNetwork, load, save
+from needle.student.confidence import remove_head, save_head, unchanged
 from needle.text.tokenizer import TextCodec, train_tokenizer
 
 TIMER = Tool("set_timer", "Start a timer.", {"type": "object", "properties": {"minutes": {"type": "integer"}}})
@@ -158,6 +159,18 @@ def test_the_same_score_is_kept_and_another_is_not(monkeypatch, run, capsys):
     assert free.name == "final_validation_free_limit3.json"
     assert read_score(path)["n"] == 5
     assert [one["id"] for one in read_answers(free)] == ["e1", "e2", "e4"]  # spread over the suite
+
+
+def test_an_answer_is_as_sure_as_the_confidence_head_says(monkeypatch, run, student):
+    score_with(monkeypatch, Answers(PLANNED), run)
+    save_head(unchanged(width=load(student)[0].config.width), student)
+    try:
+        later = Answers(PLANNED)
+        score_with(monkeypatch, later, run)
+        assert later.batches
+        score_with(monkeypatch, None, run)  # no decoder: an answer would fail
+    finally:
+        remove_head(student)
 
 
 def test_changed_examples_and_damaged_files_are_scored_anew(monkeypatch, run, capsys):
