@@ -140,7 +140,7 @@ def comparison(published: Published, *, metric: str) -> Figure:
     for (levels, differences), suite in zip(panels, suites, strict=True):
         for place, setting in enumerate(settings):
             look = {"color": "black" if setting in published.baselines else COLOURS[0]}
-            values = [scale * float(value) for value in published.cells_of(setting, suite)[metric] if value]
+            values = [scale * value for value in _values(published, setting, suite, metric)]
             _draw_seeds(levels, values, place, **look)
             if metric in published.metrics:
                 _draw_difference(differences, published.row(setting, suite, metric), place)
@@ -232,6 +232,44 @@ def sizes(published: Published, *, metric: str, series: Mapping[str, str]) -> Fi
             _size_axis(axes, sorted({int(text) for text in published.results["parameters"]}))
     _legend(figure, list(handles.values()), list(handles))
     return figure
+
+
+@drawn
+def learning_curve(
+    published: Published, *, metric: str, lines: Mapping[str, Mapping[int, str]], usd_per_answer: float
+) -> Figure:
+    """Quality against how many of the teacher's answers the students learnt from: every seed, and a line through their
+    means. Above, what so many answers cost.
+
+    Args:
+        lines: name of a line -> number of answers -> setting.
+    """
+    suites, (scale, unit, _) = _suites(published, metric), _units(metric)
+    figure = _figure(5.75 * len(suites), 3.9)
+    ticks = sorted({count for steps in lines.values() for count in steps})
+    for axes, suite in zip(np.atleast_1d(figure.subplots(1, len(suites))), suites, strict=True):
+        for number, (name, steps) in enumerate(lines.items()):
+            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            values = {count: _values(published, steps[count], suite, metric) for count in sorted(steps)}
+            axes.plot(
+                list(values), [scale * np.mean(some) for some in values.values()], label=name, linewidth=2, **look
+            )
+            for count, some in values.items():
+                axes.plot([count] * len(some), [scale * value for value in some], "_", color=look["color"], alpha=0.7)
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set(title=_title(metric, suite), xlabel="answers of the teacher", ylabel=unit)
+        dollars = axes.secondary_xaxis("top")
+        dollars.xaxis.set_minor_locator(NullLocator())
+        dollars.set_xticks(ticks, [f"${tick * usd_per_answer:,.2f}" for tick in ticks])
+    _legend(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def _values(published: Published, setting: str, suite: str, metric: str) -> list[float]:
+    """Of each seed."""
+    return [float(value) for value in published.cells_of(setting, suite)[metric] if value]
 
 
 def _size_axis(axes, sizes: Sequence[int]) -> None:
