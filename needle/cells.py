@@ -36,6 +36,10 @@ class State:
     error: str = ""
 
     @property
+    def is_trained(self) -> bool:
+        return self.run is not None and Run(self.run).record["status"] == "finished"
+
+    @property
     def can_continue(self) -> bool:
         return self.run is not None and any((self.run / "checkpoints").glob("*.ckpt"))
 
@@ -54,22 +58,33 @@ class Standing:
             if allow_dirty or not record.get("dirty"):
                 self.runs.setdefault(record.get("identity", ""), []).append((path.parent, record))
 
-    def of(self, identity: str, *, locked: bool = False) -> State:
-        """`locked`: the caller holds the cell's lock, so nobody else runs it."""
+    def of(self, identity: str, *, suites: Sequence[str] = (), locked: bool = False) -> State:
+        """A run that is trained, and not scored on all of `suites`, has stopped before its end.
+
+        Args:
+            locked: the caller holds the cell's lock, so nobody else runs it.
+        """
         runs = sorted(self.runs.get(identity, []), key=lambda one: one[1].get("started_utc") or "")
-        finished = [folder for folder, record in runs if record.get("status") == "finished"]
+        trained = [folder for folder, record in runs if record.get("status") == "finished"]
+        finished = [folder for folder in trained if is_scored(folder, suites)]
         if finished:
             return State(FINISHED, finished[-1])
         if not locked:
             with artifacts.locked(lock_path(self.root, identity), wait=False) as free:
                 if not free:
                     return State(RUNNING)
-        stopped = [folder for folder, _ in runs]  # or failed, which may have been a full disk: it goes on likewise
+        # Or failed, which may have been a full disk: it goes on likewise.
+        stopped = trained or [folder for folder, _ in runs]
         failure = failure_path(self.root, identity)
         if failure.is_file() and not locked:
             told = json.loads(failure.read_text("utf-8"))["error"].strip().splitlines() or ["unknown"]
             return State(FAILED, stopped[-1] if stopped else None, told[-1])
         return State(STOPPED, stopped[-1]) if stopped else State(NEW)
+
+
+def is_scored(folder: Path, suites: Sequence[str]) -> bool:
+    paths = [score_path(folder, checkpoint="final", name=suite_name(suite)) for suite in suites]
+    return all(path.is_file() for path in paths)
 
 
 def lock_path(root: Path, identity: str) -> Path:

@@ -9,6 +9,7 @@ student, suite and settings is kept, so a killed scoring goes on with the first 
 Cost: a decoder step an answer token and batch; the undecided student of `initial` writes the longest answers.
 """
 
+import difflib
 import json
 import time
 from collections import Counter
@@ -121,6 +122,16 @@ def score_run(folder: Path, *, suites: Sequence[str]) -> dict[str, float]:
         metrics = score["metrics"] if score else {}
         found |= {f"{name}/{metric}": value for metric, value in metrics.items() if value is not None}
     return found
+
+
+def check_suites(wanted: Sequence[str]) -> None:
+    """What can be known of suites before there is a run: raises ConfigError for one that is neither a split nor a
+    file."""
+    for name in wanted:
+        if name not in EVALUATION_SPLITS and not Path(name).is_file():
+            near = difflib.get_close_matches(name, EVALUATION_SPLITS, n=1)
+            guess = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"suites: {name} is none of {', '.join(EVALUATION_SPLITS)}, and no file{guess}")
 
 
 def _suites(run: TrainingRun, wanted: Sequence[str]) -> list[Suite]:

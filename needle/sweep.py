@@ -40,6 +40,7 @@ from needle.errors import ConfigError, UserError
 from needle.experiment import Cell, Sweep, cells_of, chosen, known_experiment
 from needle.report import main as report_stage
 from needle.runs import Paths, Run
+from needle.score import score_run
 from needle.scores import suite_name
 from needle.watch import Watch, Watched
 
@@ -88,7 +89,7 @@ class Plan:
     def again(self) -> "Plan":
         """The same cells, as they stand now."""
         standing = cells.Standing(self.paths.runs, allow_dirty=self.allow_dirty)
-        return replace(self, cells=tuple(replace(one, state=standing.of(one.identity)) for one in self.cells))
+        return replace(self, cells=tuple(replace(one, state=_state(one.composed, standing)) for one in self.cells))
 
 
 @config.stage("sweep")
@@ -156,8 +157,11 @@ def _sweep_of(common: Sequence[str]) -> Sweep:
 
 def _planned(cell: Cell, common: Sequence[str], standing: cells.Standing) -> Planned:
     composed = train.composed(*config.compose("train", [*common, *cell.overrides]))
-    known_as = composed.identity
-    return Planned(cell, composed, known_as, standing.of(known_as))
+    return Planned(cell, composed, composed.identity, _state(composed, standing))
+
+
+def _state(composed: train.Composed, standing: cells.Standing) -> State:
+    return standing.of(composed.identity, suites=composed.settings.suites)
 
 
 def _where(some: Sequence[Cell], wanted: Sequence[Cell]) -> str:
@@ -344,15 +348,22 @@ def run_cell(cfg: DictConfig) -> str:
 
 
 def _finished(whole: dict[str, Any], settings: train.Settings, known_as: str) -> Path:
-    """The folder of the cell's finished run, trained now unless it is there; the caller holds the cell's lock."""
+    """The folder of the cell's finished run, trained and scored now as far as it is not; the caller holds the cell's
+    lock."""
     # A sweep runs dirty trees only where it was allowed to.
     dirty = bool(artifacts.source_state()["dirty"])
-    state = cells.Standing(settings.paths.runs, allow_dirty=dirty).of(known_as, locked=True)
-    if state.kind == FINISHED and state.run is not None:
-        return state.run
-    if state.run is not None and state.can_continue and _is_understood(state.run):
-        return train.go_on(state.run, None)
-    return train.start(whole, settings)
+    standing = cells.Standing(settings.paths.runs, allow_dirty=dirty)
+    state = standing.of(known_as, suites=settings.suites, locked=True)
+    if state.run is not None and state.is_trained:
+        folder = state.run
+    elif state.run is not None and state.can_continue and _is_understood(state.run):
+        folder = train.go_on(state.run, None)
+    else:
+        folder = train.start(whole, settings)
+    # Another experiment, or a search, may have begun the run and asked for other suites.
+    if not cells.is_scored(folder, settings.suites):
+        score_run(folder, suites=settings.suites)
+    return folder
 
 
 def _is_understood(folder: Path) -> bool:

@@ -50,7 +50,7 @@ from needle.rollouts import Rollouts, RolloutSettings, Scorer
 from needle.rollouts import check_legal as check_rollouts
 from needle.runs import Paths, Run, claim, identity, reopen
 from needle.schema import canonical_json, read_examples
-from needle.score import score_run
+from needle.score import check_suites, score_run
 from needle.student import Architecture, load, save
 from needle.teacher.aligned import Alignment, check_alignment, signals_folder, stored_temperature
 from needle.teacher.base import Teacher, check_legal
@@ -103,9 +103,11 @@ def legal(
     data: DataSettings,
     curriculum: Curriculum,
     rollouts: RolloutSettings,
+    suites: tuple[str, ...],
     **_: Any,
 ) -> None:
     """The teacher x loss x data rule, checked while the configuration is composed."""
+    check_suites(suites)
     curriculum.check(symbolic_examples=data.symbolic_examples)
     _check_student(student, auxiliaries)
     gives = {"capabilities": teacher.capabilities, "tokenizer": teacher.tokenizer}

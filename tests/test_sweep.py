@@ -127,16 +127,34 @@ def test_nothing_is_run_again(calm: Path, capfd: pytest.CaptureFixture[str]):
     assert all(0 <= float(row["call_exact_frac"]) <= 1 and int(row["tokens"]) > 0 for row in rows)
 
 
+def test_a_trained_cell_is_scored_where_scores_are_missing(
+    calm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """As after a search, or an experiment with other suites, which ran the same cell."""
+    another(calm, tmp_path)
+    shutil.copytree(calm / "runs", tmp_path / "runs")
+    folder = finished(tmp_path)[0]["path"].parent
+    trained = (folder / "run.json").read_bytes()
+    (missing,) = folder.glob("scores/final_*.json")
+    missing.unlink()
+    assert inside(sweep.main, *words(tmp_path, "dry_run=true", seeds=SEEDS)) == 0
+    assert "to run: 1 cells" in capfd.readouterr().out
+    assert inside(sweep.main, *words(tmp_path, seeds=SEEDS)) == 0
+    assert tables(tmp_path) == tables(calm)
+    assert (folder / "run.json").read_bytes() == trained
+
+
 def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(
     calm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     another(calm, tmp_path)
     suite = tmp_path / "later.jsonl"
+    suite.write_text("not yet\n")
     chosen = {"arms": {**ARMS, "smooth": [*ARMS["smooth"], f"suites=[{suite}]"]}, "seeds": [1]}
     assert inside(sweep.main, *words(tmp_path, **chosen)) == 2
     out, err = capfd.readouterr()
     assert "1 cells failed; retry=true runs them again" in err
-    assert f"there is no file {suite}" in err
+    assert f"{suite} holds no usable example" in err
     assert "cell 2/2 smooth seed=1: failed after" in out
     assert "Traceback" not in err
     assert len(finished(tmp_path)) == 1
@@ -154,6 +172,7 @@ def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(
     [
         ({"smooth": ["loss=label_smoothing", "optim.moun_lr=1"]}, [], "arm smooth: Could not override 'optim.moun_lr'"),
         ({"smooth": ["loss=label_smoothing", "optim.muon_lr=fast"]}, [], 'arm smooth: optim.muon_lr="fast"'),
+        ({"smooth": ["loss=label_smoothing", "suites=[valdation]"]}, [], "arm smooth: suites: valdation is none of"),
         ({}, ["optim.muon_lr=fast"], 'needle.sweep: optim.muon_lr="fast"'),
         (
             {"bought": ["loss=hard_label", "data.corpus=artifacts/corpus-0"]},

@@ -1,5 +1,6 @@
 """What W&B is told: offline in the run's own folder, sent by the real `wandb sync`; and online, to a local server."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -300,6 +301,26 @@ def test_what_may_be_sent_is_sent_whole(laboratory: Laboratory):
     hashed = lineage.checkpoint(laboratory.teacher, with_weights=False)
     assert sorted(hashed.files) == ["config.json"]
     assert len(hashed.metadata["sha256"]) == 64
+
+
+def test_answers_to_a_suite_of_the_users_own_stay_though_the_corpus_is_public(laboratory: Laboratory, tmp_path: Path):
+    own = laboratory.cfg
+    public = {**own, "data": {**own["data"], "corpus": "data/teacher_corpus"}}
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    for folder in (shards, run):
+        folder.mkdir()
+    (shards / "unseen.jsonl").write_text("of the corpus")
+    (run / "run.json").write_text(json.dumps({"facts": {"shards": str(shards)}}))
+    scores = {}
+    for name, text in {"unseen": "of the corpus", "unseen_free": "of the user"}.items():
+        scores[name] = run / f"final_{name}.json"
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        scores[name].write_text(json.dumps({"suite": name, "inputs": {"suite": sha256}}))
+    shared = {name: lineage.shares_answers(public, run, score) for name, score in scores.items()}
+    assert shared == {"unseen": True, "unseen_free": False}
+    asked = {**public, "logger": {**own["logger"], "upload_data": True}}
+    assert lineage.shares_answers(asked, run, scores["unseen_free"])
+    assert not lineage.shares_answers(own, run, scores["unseen"])
 
 
 def _diverges(tracking: WandbTracking, run: Run, cfg: dict[str, Any]) -> None:

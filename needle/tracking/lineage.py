@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from needle.artifacts import REPOSITORY, hash_once
+from needle.schema import EVALUATION_SPLITS
 from needle.scores import answers_path
 
 if TYPE_CHECKING:
@@ -58,10 +59,26 @@ def artifact_name(name: str) -> str:
 
 
 def shares_texts(cfg: Mapping[str, Any]) -> bool:
-    """Whether requests and answers may leave the machine: the user said so, or they are the repository's own."""
+    """Whether the corpus's requests and answers may leave the machine: the user said so, or they are the
+    repository's own."""
     data = cfg["data"]
     is_public = Path(data["corpus"]).resolve() == PUBLIC_CORPUS and not data["given"]
-    return bool(cfg.get("logger", {}).get("upload_data")) or is_public
+    return _uploads(cfg) or is_public
+
+
+def _uploads(cfg: Mapping[str, Any]) -> bool:
+    return bool(cfg.get("logger", {}).get("upload_data"))
+
+
+def shares_answers(cfg: Mapping[str, Any], run_folder: Path, score: Path) -> bool:
+    """Whether the answers to a suite may: where texts may, and the suite is of the corpus. A file of requests that was
+    scored besides is the user's own."""
+    if _uploads(cfg) or not shares_texts(cfg):
+        return _uploads(cfg)
+    shards = Path(json.loads((run_folder / "run.json").read_text("utf-8"))["facts"]["shards"])
+    asked = json.loads(score.read_text("utf-8"))["inputs"]["suite"]
+    splits = [shards / f"{split}.jsonl" for split in EVALUATION_SPLITS]
+    return any(path.is_file() and hash_once(path) == asked for path in splits)
 
 
 def derived(folder: Path, *, with_data: bool) -> Thing:

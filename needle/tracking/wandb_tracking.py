@@ -154,7 +154,7 @@ class WandbTracking:
             _use(tracked, lineage.derived(folder, with_data=self.upload_data))
         for folder in students:
             _use(tracked, lineage.checkpoint(folder, with_weights=self.upload_checkpoint))
-        self._opened.update(run=run, texts=lineage.shares_texts(cfg))
+        self._opened.update(run=run, cfg=cfg)
         return tracked
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -163,7 +163,7 @@ class WandbTracking:
 
         if wandb.run is None:
             return
-        if not self._opened.get("texts"):
+        if "cfg" not in self._opened or not lineage.shares_texts(self._opened["cfg"]):
             print(f"W&B gets no table of {name}: logger.upload_data=false, and the corpus is your own")
             return
         wandb.run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
@@ -191,12 +191,15 @@ class WandbTracking:
         _finish(exit_code)
 
     def _made(self) -> list[Thing]:
-        folder, texts = self._opened["run"].folder, self._opened["texts"]
+        folder, cfg = self._opened["run"].folder, self._opened["cfg"]
         scores = sorted((folder / "scores").glob("*.json"))
         return [
             lineage.checkpoint(folder / "model", with_weights=self.upload_checkpoint),
-            *(lineage.predictions(folder, score, with_texts=texts) for score in scores),
+            *(self._predictions(folder, cfg, score) for score in scores),
         ]
+
+    def _predictions(self, folder: Path, cfg: Mapping[str, Any], score: Path) -> Thing:
+        return lineage.predictions(folder, score, with_texts=lineage.shares_answers(cfg, folder, score))
 
     def report(self, folder: Path, scored: Sequence[tuple[Path, Mapping[str, Any], Path]], *, root: Path) -> None:
         """A run of its own for the report in `folder`: its table, and the predictions that it compares.
@@ -216,7 +219,7 @@ class WandbTracking:
         tracked = self._start(where, run_id=None, name=f"report-{folder.name}", shown=shown, config={})
         with _finishing():
             for run_folder, cfg, score in scored:
-                _use(tracked, lineage.predictions(run_folder, score, with_texts=lineage.shares_texts(cfg)))
+                _use(tracked, self._predictions(run_folder, cfg, score))
             with (folder / "results.csv").open(encoding="utf-8", newline="") as stream:
                 head, *rows = csv.reader(stream)
             tracked.log({"results": wandb.Table(columns=head, data=rows)})
