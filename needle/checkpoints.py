@@ -5,13 +5,19 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 
 from needle.artifacts import FULL
 from needle.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from needle.distil import Distillation
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -72,3 +78,30 @@ def newest_checkpoint(folder: Path, *, required: bool = True) -> Path | None:
     if required:
         raise DataError(f"no usable checkpoint in {folder}: the run cannot be continued, start it anew")
     return None
+
+
+class Checkpoints(Callback):
+    """Writes one every `checkpoint_every_steps`, behind the validation where one follows that step, since a run that
+    goes on does not repeat it. Keeps the newest and the one before, in case the newest is damaged by what stopped the
+    run."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: "Distillation", *_: Any) -> None:
+        if not module.validates_now:
+            self._keep(trainer, module)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: "Distillation") -> None:
+        # A stop has one more validation, and the one after the last step is not part of the training.
+        if module.validates_now and trainer.state.fn == TrainerFn.FITTING:
+            self._keep(trainer, module)
+
+    def _keep(self, trainer: pl.Trainer, module: "Distillation") -> None:
+        if trainer.global_step % module.settings.checkpoint_every_steps == 0:
+            save_checkpoint(trainer, module)
+            if trainer.is_global_zero:
+                for path in sorted((module.run.folder / "checkpoints").glob("*.ckpt"), key=step_of)[:-2]:
+                    path.unlink(missing_ok=True)
+
+
+def save_checkpoint(trainer: pl.Trainer, module: "Distillation") -> None:
+    """Of all ranks together; the first writes it."""
+    trainer.save_checkpoint(module.run.folder / "checkpoints" / f"step={trainer.global_step}.ckpt")

@@ -9,7 +9,7 @@ micro-batch is divided by the whole batch's weight, so the split does not change
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -33,7 +33,8 @@ class TrainerSettings:
     accelerator: str
     devices: Count
     strategy: str
-    precision: str
+    # float16 would need its gradients unscaled before they are clipped.
+    precision: Literal["32-true", "bf16-mixed"]
     threads: Count | None
     compile: bool
     steps: Count
@@ -93,6 +94,18 @@ class Distillation(pl.LightningModule):
 
     def _measured(self, batch: dict[str, Tensor], progress: Tensor, share: Tensor) -> Measured:
         return self.objective.measure(batch, student=self.student, progress=progress, share=share)
+
+    def on_fit_start(self) -> None:
+        """A teacher's network is no part of this module, so that it is neither trained nor saved: it moves apart."""
+        scorer = self.rollouts.scorer if self.rollouts is not None else None
+        for network in (self.objective.teacher, scorer.network if scorer is not None else None):
+            if network is not None:
+                network.to(self.device)
+
+    @property
+    def validates_now(self) -> bool:
+        """Whether a validation follows the step that ended last."""
+        return self.global_step % self.settings.validate_every_steps == 0
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -190,7 +203,7 @@ class Distillation(pl.LightningModule):
         self._record({f"val/{name}": value for name, value in record.items()})
         self.validated_step = self.global_step
         if self.rollouts is not None and not self.trainer.sanity_checking:
-            self.rollouts.validated(record["loss_nats"])
+            self.rollouts.validated(record["label_nats"])
 
     def _record(self, values: dict[str, float]) -> None:
         if not self.trainer.is_global_zero or self.trainer.sanity_checking:
@@ -204,7 +217,7 @@ class Distillation(pl.LightningModule):
         checkpoint["needle"] = {
             "tokens_seen": self.tokens_seen,
             "seconds": self.seconds(),
-            "rng_state": torch.get_rng_state(),
+            "rng": self._over_ranks(_random_state()),
         }
         if self.rollouts is not None:
             checkpoint["needle"]["rollouts"] = self._over_ranks(self.rollouts.state())
@@ -213,7 +226,7 @@ class Distillation(pl.LightningModule):
         state = checkpoint["needle"]
         self.tokens_seen, self.seconds_before = state["tokens_seen"], state["seconds"]
         self.steps_done = checkpoint["global_step"]
-        torch.set_rng_state(state["rng_state"])
+        _set_random_state(state["rng"][self.trainer.global_rank])
         if self.rollouts is not None:
             self.rollouts.load(state["rollouts"][self.trainer.global_rank])
 
@@ -223,6 +236,17 @@ class Distillation(pl.LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(gathered, own)
         return gathered
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    """Of the devices that are there: a run may go on elsewhere."""
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _detached(measured: Measured) -> Measured:

@@ -50,8 +50,9 @@ SCORED_WITH = DISTRIBUTIONS | {"live", "features"}  # what a teacher's network c
 class RolloutSettings:
     """What conf/rollouts states.
 
-    Each time that the validation loss is more than `raise_above_nats` above that of the validation before, `raise_frac`
-    is added to `frac`, up to 1, and stays (DistiLLM's adaptive scheduler).
+    Each time that the labels cost `raise_above_nats` more at a validation than at the one before, `raise_frac` is added
+    to `frac`, up to 1, and stays (DistiLLM's adaptive scheduler). Not by the loss itself, which may change while the
+    student stands still, as TAID's or a mixture's does.
     """
 
     frac: Schedule
@@ -366,11 +367,11 @@ class Rollouts:
         laid = {name: tensor.to(batch["labels_RT"].device) for name, tensor in laid.items()}
         return (self.scorer(laid) if self.scorer is not None else laid), True
 
-    def validated(self, loss_nats: float) -> None:
-        """Tells the validation loss, by which the share of on-policy steps is raised."""
-        if loss_nats > self.validation_nats + self.settings.raise_above_nats:
+    def validated(self, label_nats: float) -> None:
+        """Tells what the labels of the validation cost, by which the share of on-policy steps is raised."""
+        if label_nats > self.validation_nats + self.settings.raise_above_nats:
             self.raised_frac = min(1.0, self.raised_frac + self.settings.raise_frac)
-        self.validation_nats = loss_nats
+        self.validation_nats = label_nats
 
     def record(self) -> dict[str, float]:
         """Since it was last asked: the share of on-policy steps, and of the answers learnt from their mean age and

@@ -103,6 +103,7 @@ class Run:
         write_text_atomic(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
         record |= {"status": "running", "finished_utc": None, "resumed": [*record.get("resumed", []), this]}
         record["dirty"] = record["dirty"] or this["dirty"]
+        record["identity"] = identity(cfg, record["inputs"])  # another length is another run
         write_json_atomic(self.folder / "run.json", record)
 
     def truncate_history(self, *, after_step: int) -> None:
@@ -125,16 +126,30 @@ def identity(cfg: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """What a run is, as 12 hexadecimal digits: its resolved settings without EXECUTION, and the hashes of its inputs.
     Runs of one identity would have one outcome."""
 
+    shaping = _shaping(cfg)
+
     def kept(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         found = {}
         for key, value in node.items():
             name = f"{prefix}{key}"
-            if name in EXECUTION or (not prefix and key.startswith("_")):
+            if (name in EXECUTION and name not in shaping) or (not prefix and key.startswith("_")):
                 continue
             found[key] = kept(value, f"{name}.") if isinstance(value, Mapping) else value
         return found
 
     return fingerprint(settings=kept(cfg, ""), inputs=inputs)
+
+
+def _shaping(cfg: Mapping[str, Any]) -> set[str]:
+    """Keys of EXECUTION that do say what this run is."""
+    found = set()
+    if cfg.get("trainer", {}).get("devices", 1) != 1:  # each draws for itself what is dropped and sampled
+        found.add("trainer.devices")
+    if any("Contrastive" in str(term.get("_target_")) for term in (cfg.get("auxiliaries") or {}).values()):
+        found.add("trainer.rows_per_micro_batch")  # its negatives are those of the micro-batch
+    if (cfg.get("rollouts") or {}).get("raise_frac"):
+        found.add("trainer.validate_every_steps")  # every validation may raise the share of on-policy steps
+    return found
 
 
 def claim(root: Path, *, stage: str, name: str, cfg: dict[str, Any], inputs: dict[str, str]) -> Run:

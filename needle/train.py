@@ -11,12 +11,13 @@ had. A run may be continued to another length, since rates stay level until the 
 """
 
 import logging
+import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +26,13 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 from pydantic import Field
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedModel
 
-from needle import artifacts, config
-from needle.checkpoints import AtomicCheckpoints, newest_checkpoint, step_of
+from needle import artifacts, cells, config
+from needle.checkpoints import AtomicCheckpoints, Checkpoints, newest_checkpoint, save_checkpoint, step_of
 from needle.console import is_quiet
 from needle.data.curriculum import Curriculum
 from needle.data.datamodule import PackedData
@@ -37,7 +40,7 @@ from needle.data.settings import DataSettings
 from needle.data.shards import Shard
 from needle.decode import Decoder
 from needle.distil import Distillation, TrainerSettings
-from needle.errors import ConfigError, DataError
+from needle.errors import ConfigError, DataError, UserError
 from needle.experiment import Sweep
 from needle.loss import AuxiliarySettings, Contrastive, Loss, Mixing, Weighting
 from needle.loss.balance import Balance
@@ -56,6 +59,8 @@ from needle.teacher.aligned import Alignment, check_alignment, signals_folder, s
 from needle.teacher.base import Teacher, check_legal
 from needle.text.tokenizer import TextCodec
 from needle.tracking import Tracking
+
+FOLDER_OF_RANKS = "NEEDLE_FOLDER_OF_RANKS"
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,43 @@ def main(
 ) -> None:
     settings = Settings(**{key: value for key, value in locals().items() if key != "cfg"})
     if resume is not None:
-        go_on(resume, trainer.steps if _new_length(cfg["_overrides_"]) else None)
+        steps = trainer.steps if _new_length(cfg["_overrides_"]) else None
+        with _alone(Path(resume).resolve().parent.parent, _identities(resume, steps)):
+            go_on(resume, steps)
     else:
-        start(cfg, settings)
+        with _alone(paths.runs, {identity(cfg, sources(settings).inputs)}):
+            start(cfg, settings)
+
+
+@contextmanager
+def _alone(root: Path, identities: set[str]) -> Iterator[None]:
+    """Holds the locks of these cells, by which a sweep knows that somebody trains them.
+
+    Raises:
+        UserError: somebody does.
+    """
+    with ExitStack() as held:
+        # Other ranks belong to the run of the first.
+        for known_as in sorted(identities) if _is_first_rank() else ():
+            if not held.enter_context(artifacts.locked(cells.lock_path(root, known_as), wait=False)):
+                raise UserError(
+                    "another process trains just this, with these settings and inputs; wait for it, or change a "
+                    "setting, such as seed"
+                )
+        yield
+
+
+def _identities(folder: Path, steps: int | None) -> set[str]:
+    """Of the run as it stands, and as it will be with another length."""
+    run = reopen(folder)
+    cfg, record = run.config, run.record
+    if steps is not None:
+        cfg["trainer"]["steps"] = steps
+    return {record["identity"], identity(cfg, record["inputs"])}
+
+
+def _is_first_rank() -> bool:
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 @dataclass(frozen=True)
@@ -303,7 +342,8 @@ def go_on(folder: Path, steps: int | None) -> Path:
                 f"{min(steps, before)} steps fall already; choose another length, or start another run"
             )
         cfg["trainer"]["steps"] = steps
-    run.resume(cfg)
+    if _is_first_rank():
+        run.resume(cfg)
     return _train(cfg, Settings(**config.build_settings(cfg, main.stage_function)), run=run, checkpoint=checkpoint)
 
 
@@ -336,11 +376,14 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
         teacher=network if settings.needs & NETWORK else None,
     )
     packed = _packed(settings, shards, signals)
+    is_first = _is_first_rank()
     if run is None:
-        run = claim(settings.paths.runs, stage="train", name=settings.name, cfg=cfg, inputs=found.inputs)
+        run = _claimed(cfg, settings, found)
+    if is_first and checkpoint is None:
         save(model, codec, run.folder / "initial")
-    with run, settings.logger:
-        run.note(shards=str(shards), parameters=sum(p.numel() for p in model.parameters()))
+    with run if is_first else nullcontext(), settings.logger:
+        if is_first:
+            run.note(shards=str(shards), parameters=sum(p.numel() for p in model.parameters()))
         rollouts = _rollouts(settings, model, codec, network) if settings.rollouts.on else None
         built = {"student": model, "objective": objective, "optim": settings.optim, "rollouts": rollouts}
         module = Distillation(**built, settings=trainer, run=run)
@@ -353,6 +396,8 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
             quantisation=settings.quantisation,
             run=run,
         )
+        if not is_first:
+            return run.folder
         if stopped:
             if not is_quiet():
                 print(f"stopped at step {module.global_step}; go on: python -m needle.train resume={run.folder}")
@@ -370,6 +415,16 @@ def _train(cfg: dict[str, Any], settings: Settings, *, run: Run | None, checkpoi
     if not is_quiet():
         print(f"run: {run.folder}")
     return run.folder
+
+
+def _claimed(cfg: dict[str, Any], settings: Settings, found: Sources) -> Run:
+    """A new run's folder. Lightning starts the other ranks as processes that run the same command again: they find the
+    folder that the first has claimed in the environment."""
+    if not _is_first_rank():
+        return Run(Path(os.environ[FOLDER_OF_RANKS]))
+    run = claim(settings.paths.runs, stage="train", name=settings.name, cfg=cfg, inputs=dict(found.inputs))
+    os.environ[FOLDER_OF_RANKS] = str(run.folder)
+    return run
 
 
 def _rollouts(
@@ -453,14 +508,6 @@ def _fit(
     settings = module.settings
     _silence_lightning(devices=settings.devices)
     stop = StopAtSignal()
-    keep = ModelCheckpoint(
-        dirpath=run.folder / "checkpoints",
-        filename="step={step}",
-        auto_insert_metric_name=False,
-        every_n_train_steps=settings.checkpoint_every_steps,
-        save_top_k=-1,
-        save_on_train_epoch_end=False,
-    )
     runner = pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -472,9 +519,10 @@ def _fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=logger.open(run, cfg),
-        callbacks=[*quantisation.callbacks(), keep, TwoNewest(), stop, Report()],
+        callbacks=[*quantisation.callbacks(), Checkpoints(), stop, Report()],
         plugins=[AtomicCheckpoints()],
         default_root_dir=run.folder,
+        enable_checkpointing=False,  # our own callback writes them
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -483,7 +531,8 @@ def _fit(
     if checkpoint is not None:
         step = step_of(checkpoint)
         data.stream.start_at(step)
-        run.truncate_history(after_step=step)
+        if _is_first_rank():
+            run.truncate_history(after_step=step)
         validated = [one["step"] for one in run.history() if "val/loss_nats" in one and one["step"] <= step]
         module.validated_step = max(validated, default=-1)
     with stop.listening():
@@ -492,12 +541,13 @@ def _fit(
     if not stop.requested and module.validated_step < settings.steps:
         runner.validate(module, datamodule=data, verbose=False)
     seconds = module.seconds()
-    run.note(
-        steps=module.steps_done,
-        tokens=module.tokens_seen,
-        train_seconds=round(seconds, 1),
-        tokens_per_s=round(module.tokens_seen / max(seconds, 1e-9), 1),
-    )
+    if _is_first_rank():
+        run.note(
+            steps=module.steps_done,
+            tokens=module.tokens_seen,
+            train_seconds=round(seconds, 1),
+            tokens_per_s=round(module.tokens_seen / max(seconds, 1e-9), 1),
+        )
     return stop.requested and module.steps_done < settings.steps
 
 
@@ -507,10 +557,6 @@ def _silence_lightning(*, devices: int) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Its own call of a part of torch that will go.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # A checkpoint after the optimizer's step is what a stopped run goes on from.
-    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-    # It is the run's own, which goes on.
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     if devices == 1:  # there is nothing for srun to start
         warnings.filterwarnings("ignore", message="The `srun` command is available on your system but is not used")
 
@@ -539,16 +585,6 @@ def _sample_answers(
     logger.table("samples", columns, rows)
 
 
-class TwoNewest(Callback):
-    """Keeps the newest checkpoint and the one before, in case the newest is damaged by what stopped the run."""
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Distillation, *_: Any) -> None:
-        if trainer.is_global_zero and trainer.global_step % module.settings.checkpoint_every_steps == 0:
-            found = sorted((module.run.folder / "checkpoints").glob("*.ckpt"), key=step_of)
-            for path in found[:-2]:
-                path.unlink(missing_ok=True)
-
-
 class StopAtSignal(Callback):
     """Ctrl-C or SIGTERM lets the step finish, writes a checkpoint and ends the training; a second one ends at once."""
 
@@ -573,8 +609,13 @@ class StopAtSignal(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Distillation, *_: Any) -> None:
         if self.requested and not trainer.should_stop:
-            trainer.save_checkpoint(module.run.folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
+            save_checkpoint(trainer, module)
             trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, module: Distillation) -> None:
+        """Once more, with what a validation that was due has changed."""
+        if trainer.should_stop and module.validates_now and trainer.state.fn == TrainerFn.FITTING:
+            save_checkpoint(trainer, module)
 
 
 class Report(Callback):

@@ -60,6 +60,22 @@ def test_settings_make_another_run(change: dict):
     assert identity({**CFG, **change}, {"shards": "s"}) != identity(CFG, {"shards": "s"})
 
 
+@pytest.mark.parametrize(
+    ("key", "shaped_by"),
+    [
+        ("rows_per_micro_batch", {"auxiliaries": {"contrastive": {"_target_": "needle.loss.Contrastive"}}}),
+        ("validate_every_steps", {"rollouts": {"raise_frac": 0.1}}),
+        ("devices", {"trainer": {"devices": 2}}),
+    ],
+)
+def test_execution_that_shapes_a_run_makes_another(key: str, shaped_by: dict):
+    def known_as(value: int, more: dict) -> str:
+        return identity({**CFG, **more, "trainer": {**CFG["trainer"], **more.get("trainer", {}), key: value}}, {})
+
+    assert known_as(4, shaped_by) != known_as(2, shaped_by)
+    assert key == "devices" or known_as(4, {}) == known_as(2, {})
+
+
 def test_inputs_make_another_run():
     assert identity(CFG, {"shards": "s"}) != identity(CFG, {"shards": "t"})
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from running import running
 
-from needle import config
+from needle import artifacts, cells, config
 from needle.data.shards import Shard
 from needle.errors import ConfigError
 from needle.text.render import Span
@@ -28,7 +29,7 @@ SLICE = [
 ]
 STUDENT = ["student=san_nano", "student.width=32", "student.heads=2", "student.kv_heads=1", "student.encoder_layers=1"]
 STUDENT += ["student.decoder_layers=1", "student.copy_width=8"]
-SMALL = ["trainer=fast", "trainer.steps=24", "trainer.checkpoint_every_steps=8", "trainer.validate_every_steps=12"]
+SMALL = ["trainer=fast", "trainer.steps=24", "trainer.checkpoint_every_steps=8", "trainer.validate_every_steps=8"]
 SMALL += ["trainer.log_every_steps=1", "samples=2", "weighting=spans"]
 
 
@@ -56,9 +57,9 @@ def the_run(folder: Path) -> Path:
     return found
 
 
-def trace(run: Path) -> list[tuple[int, float]]:
+def trace(run: Path, key: str = "train/loss_nats") -> list[tuple[int, float]]:
     lines = (run / "history.jsonl").read_text().splitlines()
-    return [(r["step"], r["train/loss_nats"]) for r in map(json.loads, lines) if "train/loss_nats" in r]
+    return [(r["step"], r[key]) for r in map(json.loads, lines) if key in r]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,9 @@ def test_kill_and_resume_gives_the_uninterrupted_trace(workplace: Path, uninterr
     resumed = needle("train", f"resume={run}", folder=workplace)
     assert resumed.returncode == 0, resumed.stderr
     assert trace(run) == trace(uninterrupted)
+    # A validation follows the step of the checkpoint: it is in there, and told once.
+    assert trace(run, "val/loss_nats") == trace(uninterrupted, "val/loss_nats")
+    assert [step for step, _ in trace(run, "val/loss_nats")] == [8, 16, 24]
     ours, theirs = ((r / "model" / "model.safetensors").read_bytes() for r in (run, uninterrupted))
     assert ours == theirs
     again = needle("train", f"resume={run}", folder=workplace)
@@ -219,6 +223,46 @@ def test_a_stopped_run_continues_to_another_length(workplace: Path):
     record = json.loads((run / "run.json").read_text())
     assert [resumed["steps_before"] for resumed in record["resumed"]] == [8]
     assert record["facts"]["steps"] == 12
+    # It is the run that it would have been.
+    assert record["identity"] == json.loads((uninterrupted / "run.json").read_text())["identity"]
+
+
+def test_two_processes_do_not_train_one_run(workplace: Path, uninterrupted: Path):
+    known_as = json.loads((uninterrupted / "run.json").read_text())["identity"]
+    same = [*SLICE, *STUDENT, *SMALL, "logger=none", "teacher=gemini"]
+    keyed = {**os.environ, "GEMINI_API_KEY": CANARY}
+    stopped = workplace / "runs" / "train" / "stopped"
+    shutil.copytree(uninterrupted, stopped)
+    record = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    with artifacts.locked(cells.lock_path(workplace / "runs", known_as), wait=False) as mine:
+        assert mine
+        for words in (same, [f"resume={stopped}"], [f"resume={stopped}", "trainer.steps=48"]):
+            refused = needle("train", *words, folder=workplace, env=keyed)
+            assert refused.returncode == 2
+            assert "another process trains just this" in refused.stderr
+            assert "Traceback" not in refused.stderr
+    assert the_run(workplace) == stopped
+
+
+def test_two_devices_are_one_run(workplace: Path):
+    two = ["trainer=ddp_cpu", *[word for word in SMALL if word != "trainer=fast"], "suites=[validation]"]
+    level = ["logger=none", "optim.decay_frac=0", "trainer.rows_per_micro_batch=2"]
+    done = needle("train", *SLICE, *STUDENT, *two, *level, "trainer.steps=8", folder=workplace)
+    assert done.returncode == 0, done.stderr
+    run = the_run(workplace)
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert [step for step, _ in trace(run)] == list(range(1, 9))
+    assert [step for step, _ in trace(run, "val/loss_nats")] == [8]
+    assert (run / "scores" / "final_validation.json").is_file()
+    (run / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
+    longer = needle("train", f"resume={run}", "trainer.steps=12", folder=workplace)
+    assert longer.returncode == 0, longer.stderr
+    assert the_run(workplace) == run
+    assert [step for step, _ in trace(run)] == list(range(1, 13))
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], len(record["resumed"])) == ("finished", 1)
 
 
 @pytest.mark.parametrize(
