@@ -87,10 +87,11 @@ def main(cfg: dict[str, Any], *, data: DataSettings, paths: Paths, workers: Anno
             (temporary / f"{split}.jsonl").write_text(text, "utf-8")
             counts[split] = {"examples": len(splits[split])}
         with ProcessPoolExecutor(workers) as pool:
-            parts = pool.map(partial(_encode_training, mixer, codec, workers), range(workers))
+            parts = pool.map(partial(_encode_training, mixer, codec), _cuts(mixer.count, workers))
             counts["train"] = _write(temporary / "train", [item for part in parts for item in part], data)
             if data.symbolic_examples:
-                parts = pool.map(partial(_encode_symbolic, data, codec, workers), range(workers))
+                cuts = _cuts(data.symbolic_examples, workers)
+                parts = pool.map(partial(_encode_symbolic, data, codec), cuts)
                 counts["symbolic"] = _write(temporary / "symbolic", [item for part in parts for item in part], data)
         encoded = [_encode(codec, example) for example in splits["validation"]]
         counts["validation"] |= _write(temporary / "validation", encoded, data)
@@ -109,7 +110,7 @@ def origins(split: str, *, shards: Path, paths: Paths, data: DataSettings) -> It
     if split == "train":
         given, _ = _given(data, corpus)
         mixer = _mixer(data, corpus, recorded, _tools(corpus), given)
-        copies = ((copy, _answered(copy.id)) for copy in mixer.training(0, 1))
+        copies = ((copy, _answered(copy.id)) for copy in mixer.training())
         learnt = {example.id: mixer.answers(example) for example in (*given, *recorded)}
         by_id = {(name, n): one.example for name, answers in learnt.items() for n, one in enumerate(answers)}
     else:
@@ -156,10 +157,11 @@ def _read_all(corpus: Path, split: str) -> list[Example]:
 
 
 def _given(data: DataSettings, corpus: Path) -> tuple[list[Example], list[BadLine]]:
-    """The sound examples of `data.given`, and those refused: unsound, or with the words of a request that some slice
-    is evaluated on."""
+    """The sound examples of `data.given`, and those refused: unsound, with the words of a request that some slice is
+    evaluated on, or under an id that another training example has."""
     evaluated = [example for split in EVALUATION_SPLITS for example in _read_all(corpus, split)] if data.given else []
     words = {data.split.words(example.query) for example in evaluated}
+    taken = {example.id for example in _read_all(corpus, "train")} if data.given else set()
     kept: list[Example] = []
     refused: list[BadLine] = []
     for path in data.given:
@@ -170,8 +172,12 @@ def _given(data: DataSettings, corpus: Path) -> tuple[list[Example], list[BadLin
                 refused.append(BadLine(str(path), number, "is for evaluation only", example.to_json()))
             elif data.split.words(example.query) in words:
                 refused.append(BadLine(str(path), number, "is an evaluated request", example.to_json()))
+            elif example.id in taken:
+                why = f"its id {example.id} is another training example's"
+                refused.append(BadLine(str(path), number, why, example.to_json()))
             else:
                 kept.append(example)
+                taken.add(example.id)
     return kept, refused
 
 
@@ -211,7 +217,7 @@ def _codec(data: DataSettings, mixer: Mixer) -> TextCodec:
 
 def _texts(data: DataSettings, mixer: Mixer) -> Iterator[str]:
     """Each training request once, as recorded and as varied once, with its answer's names, keys and values."""
-    for example in (*mixer.train, *mixer.training(0, data.copies_per_request)):
+    for example in (*mixer.train, *mixer.training(range(0, mixer.count, data.copies_per_request))):
         yield render_query(example.query)
         yield render_tools(example.tools, style=data.text.style)
         yield from (text for text, span in render_calls(example.calls, example.tools) if span != Span.STRUCTURE)
@@ -226,10 +232,18 @@ def _encode(codec: TextCodec, example: Example, *, answer_weight: float = 1.0, c
     return Encoded(example.id, source, target, spans, about)
 
 
-def _encode_training(mixer: Mixer, codec: TextCodec, parts: int, part: int) -> list[Encoded]:
+def _cuts(count: int, workers: int) -> list[range]:
+    """Places of `range(count)` for so many processes, in the one order that shards have: the even ones, then the
+    odd."""
+    halves = [range(first, count, 2) for first in range(2)]
+    size = max(1, -(-count // max(2, workers)))
+    return [half[start : start + size] for half in halves for start in range(0, len(half), size)]
+
+
+def _encode_training(mixer: Mixer, codec: TextCodec, places: range) -> list[Encoded]:
     text = mixer.settings.text
     encoded: list[Encoded] = []
-    for answers in mixer.copies(part, parts):
+    for answers in mixer.copies(places):
         of_copy = [
             _encode(codec, one.example, answer_weight=one.answer_weight, confidence=one.confidence) for one in answers
         ]
@@ -242,10 +256,9 @@ def _encode_training(mixer: Mixer, codec: TextCodec, parts: int, part: int) -> l
     return encoded
 
 
-def _encode_symbolic(data: DataSettings, codec: TextCodec, parts: int, part: int) -> list[Encoded]:
+def _encode_symbolic(data: DataSettings, codec: TextCodec, numbers: range) -> list[Encoded]:
     """As many tools are shown as training examples may show."""
-    count, tools_max = data.symbolic_examples, data.augment.tools_max
-    examples = symbolic_examples(count=count, tools_max=tools_max, seed=data.seed, part=part, parts=parts)
+    examples = symbolic_examples(numbers, tools_max=data.augment.tools_max, seed=data.seed)
     return [_encode(codec, example) for example in examples]
 
 

@@ -344,6 +344,7 @@ def test_given_examples_join_the_training_data_and_bad_or_evaluated_ones_are_set
         good,
         {**good, "id": "g2", "calls": [{"name": "shut"}]},
         {**evaluated, "query": evaluated["query"].upper()},
+        {**good, "query": "open the other one"},
     ]
     given = tmp_path / "given.jsonl"
     given.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -351,10 +352,11 @@ def test_given_examples_join_the_training_data_and_bad_or_evaluated_ones_are_set
     done = needle("prepare", *settings, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (shards,) = (tmp_path / "artifacts").glob("shards-*")
-    assert json.loads((shards / "manifest.json").read_text())["counts"]["given"] == {"examples": 1, "refused": 2}
+    assert json.loads((shards / "manifest.json").read_text())["counts"]["given"] == {"examples": 1, "refused": 3}
     reasons = [json.loads(line)["reason"] for line in (shards / "quarantine.jsonl").read_text().splitlines()]
     assert any("unknown tool 'shut'" in reason for reason in reasons)
     assert "is an evaluated request" in reasons
+    assert "its id g1 is another training example's" in reasons
     missing = needle("prepare", f"data.given=[{tmp_path / 'absent.jsonl'}]", *SLICE, folder=tmp_path)
     assert missing.returncode == 2
     assert "absent.jsonl" in missing.stderr

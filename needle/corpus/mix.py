@@ -43,17 +43,23 @@ class Mixer:
         self.told = told or {}
         self._usable: dict[str, list[Weighed]] = {}
 
-    def training(self, part: int, parts: int) -> Iterator[Example]:
-        """Every training example of `copies`."""
-        return (one.example for answers in self.copies(part, parts) for one in answers)
+    @property
+    def count(self) -> int:
+        """Of all copies."""
+        return self.settings.copies_per_request * len(self.train) + self.settings.given_copies * len(self.given)
 
-    def copies(self, part: int, parts: int) -> Iterator[list[Weighed]]:
-        """The answers to every `parts`-th copy of a request, from number `part`; copy k of a request depends on (seed,
-        request, k). One answer, or with data.answers=all every one that the teacher gave: then for the same words and
-        tools, weights adding up to 1."""
+    def training(self, places: range | None = None) -> Iterator[Example]:
+        """Every training example of `copies`."""
+        return (one.example for answers in self.copies(places) for one in answers)
+
+    def copies(self, places: range | None = None) -> Iterator[list[Weighed]]:
+        """The answers to the copies of requests at these places of `range(count)`, or to all of them; copy k of a
+        request depends on (seed, request, k). One answer, or with data.answers=all every one that the teacher gave:
+        then for the same words and tools, weights adding up to 1."""
+        places = range(self.count) if places is None else places
         train = product(range(self.settings.copies_per_request), self.train, [self.tools], [self.values])
         given = product(range(self.settings.given_copies), self.given, [None], [self.given_values])
-        for copy, example, pool, values in islice(chain(train, given), part, None, parts):
+        for copy, example, pool, values in islice(chain(train, given), places.start, places.stop, places.step):
             rng = generator(self.settings.seed, example.id, copy)
             tools = pool if pool is not None and has_pool(example, self.seen) else None
             varied = vary_together(

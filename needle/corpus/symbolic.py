@@ -61,12 +61,12 @@ class _Words:
                 return new
 
 
-def symbolic_examples(*, count: int, tools_max: int, seed: int, part: int = 0, parts: int = 1) -> Iterator[Example]:
-    """Every `parts`-th of `count` examples, from number `part`; number n depends on (seed, n) and `tools_max` only.
+def symbolic_examples(numbers: range, *, tools_max: int, seed: int) -> Iterator[Example]:
+    """The examples of these numbers; number n depends on (seed, n) and `tools_max` only.
 
     Each shows 1 to `tools_max` tools, the called ones among them.
     """
-    for number in range(part, count, parts):
+    for number in numbers:
         yield _example(generator(seed, DOMAIN, number), tools_max=tools_max, number=number)
 
 

@@ -42,6 +42,7 @@ from needle.text.tokenizer import EOS, SPECIALS
 # What comes behind a word to see whether it could go on: one of each class of the student's pre-tokeniser.
 PROBES = ("a", "A", "1", " ", ".", '"', ":", ",", "[", "]", "{", "}", "\u4e2d", "\u0301")
 PieceEnds = Literal["known", "trusted"]
+LEAST_LOG_PROB = -30.0  # of a piece that was written
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Pieces:
             for token, log_prob in one.top:
                 if token:
                     masses[token] = masses.get(token, 0.0) + math.exp(log_prob)
-            masses.setdefault(one.token, math.exp(one.log_prob))
+            # A server may tell -9999 of a piece outside of its list, whose probability must not be 0: it was written.
+            masses.setdefault(one.token, math.exp(max(one.log_prob, LEAST_LOG_PROB)))
             total = math.fsum(masses.values())
             told.append({token: mass / max(1.0, total) for token, mass in masses.items()})
             untold.append(max(0.0, 1.0 - total))

@@ -258,6 +258,15 @@ def test_answers_become_examples_with_the_same_source(shards: Path):
     assert set(train.tools.tolist()) <= {1, 2}
 
 
+def test_the_order_of_examples_does_not_depend_on_how_many_processes_prepare_them(labelled: Path, tmp_path: Path):
+    written = []
+    for workers in (1, 2, 5):
+        words = ["data.answers=all", "data.symbolic_examples=7", f"workers={workers}"]
+        folder = shards_of(labelled, tmp_path / str(workers), *words)
+        written.append([(folder / split / "keys.npy").read_bytes() for split in ("train", "symbolic")])
+    assert written[0] == written[1] == written[2]
+
+
 def test_a_batchs_mean_is_the_expectation_over_answers_trusted_as_stated(shards: Path):
     """sum over answers of weight * confidence * tokens * nats / sum of weight * confidence * tokens, by hand."""
     train = Shard.open(shards / "train")

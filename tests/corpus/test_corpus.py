@@ -129,14 +129,14 @@ def test_training_never_shows_unseen_tools_and_copies_are_independent():
     train = [e for e in RECORDED.examples[::40] if plan.split.assign(e) == "train"]
     mixer = Mixer(plan, train=train, tools=RECORDED.tools)
     unseen = {t.description for d in plan.split.unseen_domains for t in RECORDED.tools[d]}
-    drawn = list(mixer.training(0, 1))
+    drawn = list(mixer.training())
     assert len(drawn) == 2 * len(train)
     assert not unseen & {tool.description for e in drawn for tool in e.tools}
-    halves = [e for part in (0, 1) for e in mixer.training(part, 2)]
+    halves = [e for part in (0, 1) for e in mixer.training(range(part, mixer.count, 2))]
     assert sorted(halves, key=lambda e: e.id) == sorted(drawn, key=lambda e: e.id)
     fewer = Mixer(plan, train=train[5:], tools=RECORDED.tools)
     values_alike = {e.id: e.tools for e in drawn}
-    assert all(tuple(values_alike[e.id]) == e.tools for e in fewer.training(0, 1) if not e.calls)
+    assert all(tuple(values_alike[e.id]) == e.tools for e in fewer.training() if not e.calls)
 
 
 def test_given_examples_join_with_the_tools_they_show():
@@ -145,7 +145,7 @@ def test_given_examples_join_with_the_tools_they_show():
         e.replace(id=f"given-{e.id}", domain="") for e in evaluation(RECORDED.examples[5:400:40], RECORDED.tools, plan)
     ]
     kept = replace(plan, augment=replace(OFF, swap_value=1.0))
-    drawn = list(Mixer(kept, train=RECORDED.examples[:3], tools=RECORDED.tools, given=own).training(0, 1))
+    drawn = list(Mixer(kept, train=RECORDED.examples[:3], tools=RECORDED.tools, given=own).training())
     assert len(drawn) == 3 + 3 * len(own)
     by_id = {e.id: e for e in own}
     for varied in drawn[3:]:

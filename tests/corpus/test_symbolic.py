@@ -14,7 +14,7 @@ COUNT = 1500
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return list(symbolic_examples(count=COUNT, tools_max=6, seed=0))
+    return list(symbolic_examples(range(COUNT), tools_max=6, seed=0))
 
 
 def names_of(example: Example) -> dict[str, tuple[str, str]]:
@@ -64,11 +64,11 @@ def test_the_request_names_the_called_tools_and_no_other(examples: list[Example]
 
 
 def test_an_example_depends_on_seed_and_number_only(examples: list[Example]):
-    fewer = list(symbolic_examples(count=50, tools_max=6, seed=0))
+    fewer = list(symbolic_examples(range(50), tools_max=6, seed=0))
     assert fewer == examples[:50]
     for part in range(3):
-        assert list(symbolic_examples(count=50, tools_max=6, seed=0, part=part, parts=3)) == fewer[part::3]
-    other = list(symbolic_examples(count=50, tools_max=6, seed=1))
+        assert list(symbolic_examples(range(part, 50, 3), tools_max=6, seed=0)) == fewer[part::3]
+    other = list(symbolic_examples(range(50), tools_max=6, seed=1))
     assert not {example.query for example in other} & {example.query for example in fewer}
 
 

@@ -199,6 +199,18 @@ def test_rounded_probabilities_are_scaled_to_one():
     assert pieces.untold == (0.0,)
 
 
+def test_a_piece_of_which_a_server_tells_no_probability_has_one():
+    """OpenAI's servers say -9999 of a piece that was written and is not among the likeliest."""
+    unlikely = TokenLogProb(b"min", -9999.0, ((b"hours", -0.1),))
+    student = StudentTokens(train_tokenizer([" minutes minute", " min hours"] * 4, vocab_size=420))
+    pieces = Pieces.of([unlikely, told("utes", {"utes": 0.9, "ute": 0.1}), told('"', {'"': 1})])
+    for row in aligned(student, pieces, known=frozenset(pieces.vocabulary())) + aligned(
+        by_bytes(), pieces, known=frozenset()
+    ):
+        assert all(0 < mass <= 1 for mass in row.masses.values())
+        assert sum(row.masses.values()) + row.unaligned + row.untold == pytest.approx(1)
+
+
 def test_tokens_of_other_bytes_are_refused():
     pieces = Pieces.of([told("ten", {"ten": 1.0})])
     aligner = Aligner(merged(), known=frozenset(), piece_ends="known")
