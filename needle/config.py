@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -114,6 +115,12 @@ def stage(name: str) -> Callable[[Callable[..., None]], Callable[[], None]]:
                 configured()
             except KeyboardInterrupt as stop:  # while a launcher waits for its jobs
                 _leave(f"needle.{name}: {_interruption(stop)}", INTERRUPTED)
+            except SystemExit as ended:
+                words = _of_cells(name, sys.argv[1:]) if ended.code == 1 else []
+                if words:  # behind Hydra's own message, which proposes to append them
+                    cure = shlex.quote(f"overrides={json.dumps(words)}")
+                    print(f"needle.{name}: the cells' settings are one list of this stage: {cure}", file=sys.stderr)
+                raise
 
         main.stage_function = function  # type: ignore[attr-defined]
         return main
@@ -188,6 +195,18 @@ def as_overrides(cfg: Mapping[str, Any], *groups: str) -> str:
 def path_words(overrides: Sequence[str]) -> list[str]:
     """Those of a command line's overrides that say where things are kept."""
     return [override for override in overrides if override.startswith("paths.")]
+
+
+def _of_cells(stage_name: str, words: Sequence[str]) -> list[str]:
+    """Overrides of training settings among those of a stage that hands such to its cells, or not written as a list."""
+    own, train = (OmegaConf.load(CONF / f"{name}.yaml") for name in (stage_name, "train"))
+    if "overrides" not in own:
+        return []
+    groups = [next(iter(one)) for one in train.pop("defaults") if isinstance(one, Mapping | DictConfig)]
+    keys = {str(one).split()[-1].strip("/") for one in (*train, *groups)} - {"hydra", "paths", *own}
+    found = [word for word in words if re.split(r"[.=@]", word.lstrip("+~"))[0] in keys]
+    bare = [word.removeprefix("overrides=") for word in words if re.match(r"overrides=[^\[]", word)]
+    return [*bare, *found]
 
 
 def _leave(message: str, status: int) -> None:

@@ -59,7 +59,11 @@ def main(
     if exp is None:
         names = sorted({name for run in there for name in standing.names_of(run)[:1]})
         raise ConfigError(f"exp is not set: give exp=NAME; there are runs of {', '.join(names) or 'nothing yet'}")
-    mine = [run for run in standing.runs_of(exp, there) if all(meets(run, condition) for condition in where)]
+    mine = [
+        run
+        for run in standing.runs_of(exp, there, root=paths.runs)
+        if all(meets(run, condition) for condition in where)
+    ]
     suite = suite or _usual_suite(mine)
     shown = views(suite=suite, metrics=metrics, faults=faults)
     if mode == "online":

@@ -69,7 +69,7 @@ def known_experiment(name: str | None) -> str:
         return name
     near = difflib.get_close_matches(name or "", names, n=1)
     guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    raise ConfigError(f"exp={name}: name an experiment of conf/experiment; {guess}")
+    raise ConfigError(f"exp={name or 'null'}: name an experiment of conf/experiment; {guess}")
 
 
 def cells_of(sweep: Sweep) -> list[Cell]:

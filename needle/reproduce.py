@@ -68,7 +68,7 @@ def main(
     whole = planned(exp, words, paths=paths, allow_dirty=allow_dirty)
     plan = _fast_part(whole) if fast else whole
     check_same_settings(plan, published)
-    estimate = {"known": [paths.runs, *known], "usd_per_hour": usd_per_hour, "published": published}
+    estimate = {"known": [paths.runs, *known], "usd_per_hour": usd_per_hour, "retry": retry, "published": published}
     show_plan(plan, title=f"{plan.experiment}{', fast' if fast else ''}, again")
     _show_estimate(plan, **estimate)
     if fast:
@@ -129,9 +129,11 @@ def _commits(published: Published) -> list[str]:
     return sorted(set(published.cells["commit"]))
 
 
-def _show_estimate(plan: Plan, *, known: Sequence[Path], usd_per_hour: float, published: Published) -> None:
+def _show_estimate(
+    plan: Plan, *, known: Sequence[Path], usd_per_hour: float, retry: bool, published: Published
+) -> None:
     """What the cells will take by runs of this machine, and what they took where they were published."""
-    show_cost(plan, cost_of(plan, known=known), usd_per_hour=usd_per_hour)
+    show_cost(plan, cost_of(plan, known=known, retry=retry), usd_per_hour=usd_per_hour, retry=retry)
     path = published.folder / "times.json"
     if not path.is_file():
         return

@@ -111,15 +111,39 @@ def main(
         raise ConfigError(f"publish=true: only=[{','.join(only)}] leaves cells out, and a part is no result; drop one")
     words = [*config.path_words(cfg["_overrides_"]), *overrides]
     plan = planned(exp, words, paths=paths, allow_dirty=allow_dirty, only=only)
+    if publish:
+        _check_publication(plan, overrides)
     show_plan(plan, title=plan.experiment)
-    show_cost(plan, cost_of(plan, known=[paths.runs]), usd_per_hour=usd_per_hour)
+    cost = cost_of(plan, known=[paths.runs], retry=retry)
+    show_cost(plan, cost, usd_per_hour=usd_per_hour, retry=retry)
     if dry_run:
         return
     plan = run(plan, retry=retry, workers=workers)
     folder = write_report(plan)
+    if folder is None and plan.of(FINISHED):
+        print("suites=[]: no cell answers a suite, so there is no table; name some in the experiment's file")
     if publish and folder is not None:
         _publish(plan, folder)
     close(plan)
+
+
+def _check_publication(plan: Plan, overrides: Sequence[str]) -> None:
+    """Raises ConfigError where there would be nothing to publish, or where what is published is of other settings than
+    the experiment's file."""
+    if not _suites(plan.cells):
+        raise ConfigError(
+            f"publish=true: experiment {plan.experiment} has suites=[], so there is nothing to publish; name some in "
+            "its file, such as suites: [validation]"
+        )
+    path = plan.paths.experiments / plan.experiment / "cells.csv"
+    if overrides and path.is_file():
+        with path.open(encoding="utf-8", newline="") as stream:
+            published = {row["identity"] for row in csv.DictReader(stream)}
+        if published != {one.identity for one in plan.cells}:
+            raise ConfigError(
+                f"publish=true: overrides=[{', '.join(overrides)}] makes another experiment, and its table would "
+                f"replace {path.parent}; write it into a file of its own in conf/experiment, or drop publish"
+            )
 
 
 def planned(
@@ -157,6 +181,13 @@ def _sweep_of(common: Sequence[str]) -> Sweep:
 
 def _planned(cell: Cell, common: Sequence[str], standing: cells.Standing) -> Planned:
     composed = train.composed(*config.compose("train", [*common, *cell.overrides]))
+    devices = composed.settings.trainer.devices
+    if devices > 1:
+        raise ConfigError(
+            f"trainer.devices={devices}: a sweep's cells have one device each, since further ranks are started as the "
+            "same command again, which would be the sweep; set trainer.devices=1 and run cells side by side, or run "
+            "needle.train"
+        )
     return Planned(cell, composed, composed.identity, _state(composed, standing))
 
 
@@ -200,15 +231,20 @@ def show_plan(plan: Plan, *, title: str) -> None:
         print(f"failed: {one.cell.name}: {one.state.error}")
 
 
-def cost_of(plan: Plan, *, known: Sequence[Path]) -> cells.Cost:
+def _passed_over(*, retry: bool) -> tuple[str, ...]:
+    """Kinds of cells that a sweep does not start."""
+    return (FINISHED, RUNNING) if retry else (FINISHED, RUNNING, FAILED)
+
+
+def cost_of(plan: Plan, *, known: Sequence[Path], retry: bool) -> cells.Cost:
     """Of the cells that a sweep would start now, by the finished runs in the folders `known`."""
-    left = [one for one in plan.cells if one.state.kind not in (FINISHED, RUNNING, FAILED)]
+    left = [one for one in plan.cells if one.state.kind not in _passed_over(retry=retry)]
     return cells.Cost.of([(one.cfg, one.sources.shards) for one in left], runs=known)
 
 
-def show_cost(plan: Plan, cost: cells.Cost, *, usd_per_hour: float) -> None:
+def show_cost(plan: Plan, cost: cells.Cost, *, usd_per_hour: float, retry: bool) -> None:
     told = f"{cost.cells} cells; {cost.told(usd_per_hour=usd_per_hour)}" if cost.cells else "nothing"
-    failed = len(plan.of(FAILED))
+    failed = 0 if retry else len(plan.of(FAILED))
     again = f"; {failed} failed before, and run again with retry=true" if failed else ""
     show(f"to run: {told}{again}")
 
@@ -220,8 +256,7 @@ def run(plan: Plan, *, retry: bool, workers: int) -> Plan:
     Raises:
         KeyboardInterrupt: it was stopped; the message says how far it came.
     """
-    passed_over = (FINISHED, RUNNING) if retry else (FINISHED, RUNNING, FAILED)
-    ready = [one for one in plan.cells if one.state.kind not in passed_over]
+    ready = [one for one in plan.cells if one.state.kind not in _passed_over(retry=retry)]
     try:
         if ready:
             _build_shared(ready, plan.common, workers=workers)
@@ -438,7 +473,7 @@ def _publish(plan: Plan, folder: Path) -> None:
         for figure in sorted((folder / suite).glob("*.png")):
             shutil.copy(figure, target / "figures" / f"{suite}_{figure.name}")
     cells.write_times(target / "times.json", [(one.cell.arm, one.state.run) for one in plan.cells if one.state.run])
-    print(f"published: {target}")
+    print(f"published: {target}; commit it before the next run, which takes clean trees only")
 
 
 def close(plan: Plan) -> None:

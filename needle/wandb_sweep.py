@@ -25,7 +25,7 @@ import yaml
 from needle import config
 from needle.artifacts import write_text_atomic
 from needle.errors import ConfigError
-from needle.experiment import HEADLINE, ONLY_ARM, Sweep
+from needle.experiment import HEADLINE, ONLY_ARM, Sweep, known_experiment
 from needle.scores import suite_name
 
 # W&B puts a run's parameters in this word's place, as one JSON object: numbers stay numbers, whatever their form.
@@ -35,8 +35,7 @@ CELL, AT = "cell", "at"
 
 @config.stage("wandb_sweep")
 def main(cfg: dict[str, Any], *, exp: str | None, sweep: list[str], python: str | None, output: Path | None) -> None:
-    if exp is None:
-        raise ConfigError("exp=null: name an experiment of conf/experiment, such as exp=001_losses")
+    exp = known_experiment(exp)
     experiment, _ = config.compose("train", [f"experiment={exp}"])
     built: Sweep = config.build(experiment.sweep)
     if experiment.logger.get("project") is None:

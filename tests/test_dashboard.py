@@ -398,6 +398,23 @@ def test_cells_that_nobody_began_are_told(unfinished: Path):
     assert [line.kind for line in lines[:3]] == ["failed", "running", "stopped"]
 
 
+def test_a_cell_that_another_experiment_ran_is_shown_under_this_ones_arm(tmp_path: Path):
+    own = write_run(tmp_path, "taid", 1, right=12)
+    other = write_run(tmp_path, "plain", 1, right=9)
+    record = json.loads((other / "run.json").read_text()) | {"choices": {"experiment": "other"}}
+    (other / "run.json").write_text(json.dumps(record))
+    cfg = yaml.safe_load((other / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump({**cfg, "name": "other"}))
+    runs = [TrainingRun.open(path) for path in (own, other)]
+    assert [run.folder for run in standing.runs_of(EXP, runs, root=tmp_path)] == [own]
+    table = tmp_path / "sweeps" / EXP / "cells.csv"
+    table.parent.mkdir(parents=True)
+    known_as = [run.record["identity"] for run in runs]
+    table.write_text(f"arm,seed,identity\ntaid,1,{known_as[0]}\nhard_label,1,{known_as[1]}\n")
+    found = standing.runs_of(EXP, runs, root=tmp_path)
+    assert [(run.folder, run.config["arm"]) for run in found] == [(own, "taid"), (other, "hard_label")]
+
+
 def test_a_killed_run_is_not_running(tmp_path: Path):
     run = TrainingRun.open(write_run(tmp_path, "taid", 1, right=None, status="running"))
     assert standing.kind_of(run, root=tmp_path) == "running"

@@ -133,7 +133,7 @@ def test_every_experiments_fast_part_is_a_part(path: Path):
 # Agreement, by hand: plain is the baseline; smooth is 10 points ahead, 95% from 6 to 14.
 
 
-def write(folder: Path, values: dict[tuple[str, int], float]) -> None:
+def write(folder: Path, values: dict[tuple[str, int], float], *, interval: tuple[float, float] = (0.06, 0.14)) -> None:
     """results.csv and cells.csv of these cells, of 100 examples."""
     folder.mkdir(parents=True)
     with (folder / "cells.csv").open("w", newline="") as stream:
@@ -143,7 +143,8 @@ def write(folder: Path, values: dict[tuple[str, int], float]) -> None:
         for (arm, seed), value in values.items():
             line = {"arm": arm, "seed": seed, "suite": "unseen", "n": 100, "parameters": 9, "tokens": 9}
             writer.writerow({**line, "identity": f"{arm}{seed}", "commit": "abc", HEADLINE: f"{value:.6f}"})
-    ahead = {"baseline": "plain", "difference": "0.100000", "ci_low": "0.060000", "ci_high": "0.140000"}
+    low, high = (f"{end:.6f}" for end in interval)
+    ahead = {"baseline": "plain", "difference": "0.100000", "ci_low": low, "ci_high": high}
     with (folder / "results.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(tables.COLUMNS), restval="")
         writer.writeheader()
@@ -177,6 +178,15 @@ def test_agreement(tmp_path: Path, rebuilt: dict, verdicts: tuple[str, str]):
     both = {**PUBLISHED, **rebuilt}
     expected = (both["smooth", 1] + both["smooth", 2] - both["plain", 1] - both["plain", 2]) / 2
     assert smooth.rebuilt_difference == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("moved", "agrees"), [(0.02, True), (0.03, False)])
+def test_two_answers_may_move_where_the_published_interval_has_no_width(tmp_path: Path, moved: float, agrees: bool):
+    same = {("plain", 1): 0.20, ("smooth", 1): 0.30}
+    write(tmp_path / "published" / "e", same, interval=(0.1, 0.1))
+    write(tmp_path / "rebuilt" / "e", {**same, ("smooth", 1): 0.30 + moved}, interval=(0.1, 0.1))
+    plain, smooth = agreement(read("e", tmp_path / "published"), read("e", tmp_path / "rebuilt"))
+    assert (plain.agrees, smooth.agrees) == (True, agrees)
 
 
 def test_a_part_is_held_against_the_same_seeds_too(tmp_path: Path):

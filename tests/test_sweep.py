@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -160,7 +162,11 @@ def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(
     assert len(finished(tmp_path)) == 1
 
     assert inside(sweep.main, *words(tmp_path, "dry_run=true", **chosen)) == 0
-    assert "failed: smooth seed=1" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "failed: smooth seed=1" in told
+    assert "to run: nothing; 1 failed before" in told
+    assert inside(sweep.main, *words(tmp_path, "dry_run=true", "retry=true", **chosen)) == 0
+    assert "to run: 1 cells" in capfd.readouterr().out
     (shards,) = (tmp_path / "artifacts").glob("shards-*")
     suite.write_text((shards / "validation.jsonl").read_text())
     assert inside(sweep.main, *words(tmp_path, "retry=true", **chosen)) == 0
@@ -173,6 +179,7 @@ def test_a_cell_that_fails_stops_no_other_and_runs_again_on_request(
         ({"smooth": ["loss=label_smoothing", "optim.moun_lr=1"]}, [], "arm smooth: Could not override 'optim.moun_lr'"),
         ({"smooth": ["loss=label_smoothing", "optim.muon_lr=fast"]}, [], 'arm smooth: optim.muon_lr="fast"'),
         ({"smooth": ["loss=label_smoothing", "suites=[valdation]"]}, [], "arm smooth: suites: valdation is none of"),
+        ({"smooth": ["loss=label_smoothing", "trainer.devices=2"]}, [], "arm smooth: trainer.devices=2"),
         ({}, ["optim.muon_lr=fast"], 'needle.sweep: optim.muon_lr="fast"'),
         (
             {"bought": ["loss=hard_label", "data.corpus=artifacts/corpus-0"]},
@@ -196,6 +203,32 @@ def test_a_mistake_is_told_once_with_its_arm(
 def test_half_a_sweep_is_not_published(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert inside(sweep.main, *words(tmp_path, "publish=true", "only=[seed:1]", seeds=SEEDS)) == 2
     assert "publish=true: only=[seed:1] leaves cells out" in capfd.readouterr().err
+
+
+def test_what_is_published_is_not_replaced_by_another_experiment(
+    calm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    another(calm, tmp_path)
+    shutil.copytree(calm / "runs", tmp_path / "runs")
+    there = [f"paths.experiments={tmp_path / 'experiments'}", "publish=true"]
+    assert inside(sweep.main, *words(tmp_path, *there, seeds=SEEDS)) == 0
+    published = tmp_path / "experiments" / small_sweep.EXPERIMENT / "cells.csv"
+    before = published.read_bytes()
+    assert inside(sweep.main, *words(tmp_path, *there, seeds=SEEDS)) == 0  # the same once more
+    assert inside(sweep.main, *words(tmp_path, *there, seeds=SEEDS, more=["optim.muon_lr=0.02"])) == 2
+    assert "makes another experiment" in capfd.readouterr().err
+    assert inside(sweep.main, *words(tmp_path, *there, seeds=SEEDS, more=["suites=[]"])) == 2
+    assert "suites=[], so there is nothing to publish" in capfd.readouterr().err
+    assert published.read_bytes() == before
+
+
+def test_settings_of_cells_among_those_of_the_sweep_are_told_where_they_belong(tmp_path: Path):
+    command = [sys.executable, "-m", "needle.sweep", "exp=001_losses", "dry_run=true"]
+    for wrong in ("trainer.steps=4", "loss=taid", "overrides=trainer.steps=4"):
+        done = subprocess.run([*command, wrong], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        word = wrong.removeprefix("overrides=")
+        assert f"""the cells' settings are one list of this stage: 'overrides=["{word}"]'""" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ A cell is identical when all its counts are the published ones; another machine'
 version's, may move some answers. A cell agrees when its headline metric is within the half-width of the published
 interval of its setting's difference (for a baseline, which has none: of the narrowest that is measured against it). A
 setting agrees when it and its baseline are identical; or when its cells agree, and its rebuilt difference from the
-baseline lies within the published interval.
+baseline lies within the published interval. Two answers more or less always agree: the interval of two settings that
+gave the same answers has no width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from needle.metrics.matching import METRICS
 from needle.reporting.published import ROUNDING, Published
 
 IDENTICAL, WITHIN = "identical", "within the interval"
+ANSWERS_MOVED = 2  # that never are a disagreement
 Cells = dict[str, Mapping[str, str]]  # seed -> line of cells.csv
 
 
@@ -71,7 +73,10 @@ def _line(published: Published, rebuilt: Published, *, setting: str, suite: str,
     agrees, verdict = True, IDENTICAL
     if len(same) < len(now) or any(_counts(base_now[seed]) != _counts(base_before[seed]) for seed in base_now):
         moved = {seed: _off(now[seed], before[seed], metric) for seed in now if seed not in same}
-        problem = _far(moved, _half_width(published, setting, suite, metric)) or _outside(again, low, high)
+        least = max(ANSWERS_MOVED / int(cell["n"]) for cell in before.values())
+        half_width = _half_width(published, setting, suite, metric)
+        problem = _far(moved, None if half_width is None else max(half_width, least))
+        problem = problem or _outside(again, low, high, spare=least)
         agrees, verdict = not problem, problem or WITHIN
     return Line(
         suite=suite,
@@ -104,8 +109,12 @@ def _far(moved: Mapping[str, float | None], half_width: float | None) -> str:
     return ""
 
 
-def _outside(difference: float | None, low: float | None, high: float | None) -> str:
-    if difference is None or low is None or high is None or low - ROUNDING <= difference <= high + ROUNDING:
+def _outside(difference: float | None, low: float | None, high: float | None, *, spare: float) -> str:
+    """`spare`: how wide the interval is at least, to either side of its middle."""
+    if difference is None or low is None or high is None:
+        return ""
+    middle, half_width = (low + high) / 2, max((high - low) / 2, spare)
+    if abs(difference - middle) <= half_width + ROUNDING:
         return ""
     return f"differs: {100 * difference:+.1f} is outside of {100 * low:+.1f} to {100 * high:+.1f}"
 

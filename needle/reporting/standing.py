@@ -1,8 +1,9 @@
 """Which runs belong to an experiment and how they stand: finished, running, stopped, failed, or not begun."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,22 @@ class Line:
     suites: str
 
 
-def runs_of(experiment: str, runs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """The runs that `experiment=NAME` or `name=NAME` started, whatever became of them.
+def runs_of(experiment: str, runs: Sequence[TrainingRun], *, root: Path) -> list[TrainingRun]:
+    """The runs that `experiment=NAME` or `name=NAME` started, whatever became of them, and those of other experiments
+    that its last sweep took for its cells, under its own arms' names.
 
     Raises:
         DataError: there is none.
     """
     found = [run for run in runs if experiment in names_of(run)]
+    own = {run.record.get("identity") for run in found}
+    arms = _arms(Path(root) / "sweeps" / experiment / "cells.csv")
+    lent = {run.record["identity"]: run for run in runs if run.finished and run.record.get("identity") in arms}
+    found += [
+        replace(run, config={**run.config, "arm": arms[known_as]})
+        for known_as, run in lent.items()
+        if known_as not in own
+    ]
     if not found:
         there: dict[str, int] = {}
         for run in runs:
@@ -49,6 +59,14 @@ def runs_of(experiment: str, runs: Sequence[TrainingRun]) -> list[TrainingRun]:
             f"exp={experiment}: no run belongs to it{told}; start it: python -m needle.sweep exp={experiment}"
         )
     return found
+
+
+def _arms(path: Path) -> dict[str, str]:
+    """Identity -> arm, of a sweep's cells.csv; empty before its first report."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {row["identity"]: row["arm"] for row in csv.DictReader(stream)}
 
 
 def names_of(run: TrainingRun) -> list[str]:
