@@ -118,7 +118,11 @@ def main(
     show_cost(plan, cost, usd_per_hour=usd_per_hour, retry=retry)
     if dry_run:
         return
+    trained = {one.identity for one in plan.cells if one.state.is_trained}
     plan = run(plan, retry=retry, workers=workers)
+    for one in plan.of(FINISHED):
+        if one.identity in trained and one.state.run is not None:
+            one.settings.logger.tell_again(Run(one.state.run), one.cfg)
     folder = write_report(plan)
     if folder is None and plan.of(FINISHED):
         print("suites=[]: no cell answers a suite, so there is no table; name some in the experiment's file")

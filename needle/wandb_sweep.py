@@ -10,7 +10,7 @@ An agent starts
     python -m needle.wandb_sweep cell exp=001_losses at '{"arm": "forward_kl", "seed": 1}'
 
 which becomes `python -m needle.sweep exp=001_losses only=["arm:forward_kl","seed:1"]` in the same process: its signals
-reach the training. A cell that is finished already is not run again, and then leaves no run in W&B.
+reach the training. A cell that is finished already is not run again: its run in the sweep has the numbers of the first.
 """
 
 import json

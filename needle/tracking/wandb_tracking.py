@@ -5,6 +5,7 @@ it; anywhere else its id is the run folder's name.
 """
 
 import csv
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,6 +56,9 @@ class NoTracking:
         pass
 
     def close(self, exit_code: int) -> None:
+        pass
+
+    def tell_again(self, run: Run, cfg: Mapping[str, Any]) -> None:
         pass
 
     def report(self, folder: Path, scored: Sequence[tuple[Path, Mapping[str, Any], Path]], *, root: Path) -> None:
@@ -189,6 +193,25 @@ class WandbTracking:
                 print(f"W&B did not take what the run made: {error}", file=sys.stderr)
         self._opened.clear()
         _finish(exit_code)
+
+    def tell_again(self, run: Run, cfg: Mapping[str, Any]) -> None:
+        """Answers an agent that asks for a run which was finished before: W&B's sweep gets what that one came to."""
+        agent = _agent_run()
+        if agent is None:
+            return
+        where = self._lineage_folder(run.folder.parent.parent, f"again-{agent}")
+        own = {key: value for key, value in cfg.items() if not key.startswith("_")}
+        facts = {"identity": run.record["identity"], "finished_as": run.folder.name}
+        shown = identity_of(cfg, self, stage=run.record["stage"])
+        tracked = self._start(where, run_id=None, name=run.folder.name, shown=shown, config={**own, **facts})
+        values = budgets(run.record["facts"])
+        for path in sorted((run.folder / "scores").glob("final_*.json")):
+            score = json.loads(path.read_text("utf-8"))
+            values |= {
+                f"{score['suite']}/{metric}": value for metric, value in score["metrics"].items() if value is not None
+            }
+        with _finishing():
+            tracked.summary.update(values)
 
     def _made(self) -> list[Thing]:
         folder, cfg = self._opened["run"].folder, self._opened["cfg"]

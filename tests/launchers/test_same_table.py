@@ -122,14 +122,19 @@ def test_wandb_agent(calm: Path, tmp_path: Path):
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
 
-        told = wandb("sweep", str(tmp_path / "sweep.yaml"))
-        (path,) = (word for word in told.split() if word.startswith("local/needle/"))
-        wandb("agent", path)
-    (asked,) = (json.loads(one.read_text()) for one in (tmp_path / "store" / "sweeps").glob("*.json"))
-    assert asked["config"] == yaml.safe_load(text)
-    assert len(asked["runs"]) == 2 * len(SEEDS)
-    sent = [json.loads((tmp_path / "store" / "runs" / f"{name}.json").read_text()) for name in asked["runs"]]
-    assert {run["state"] for run in sent} == {"finished"}
+        for _ in range(2):  # the second sweep finds every cell finished
+            told = wandb("sweep", str(tmp_path / "sweep.yaml"))
+            (path,) = (word for word in told.split() if word.startswith("local/needle/"))
+            wandb("agent", path)
+    both = [json.loads(one.read_text()) for one in (tmp_path / "store" / "sweeps").glob("*.json")]
+    assert len(both) == 2
+    for asked in both:
+        assert asked["config"] == yaml.safe_load(text)
+        assert len(asked["runs"]) == 2 * len(SEEDS)
+        sent = [json.loads((tmp_path / "store" / "runs" / f"{name}.json").read_text()) for name in asked["runs"]]
+        assert {run["state"] for run in sent} == {"finished"}
+        assert all("validation/call_exact_frac" in run["summary"] for run in sent)
+    assert len(finished(tmp_path)) == 2 * len(SEEDS)
     # The agent's cells are this sweep's cells: nothing is left to run, and the table is of all of them.
     assert inside(sweep.main, *words(tmp_path, seeds=SEEDS)) == 0
     assert_same(tmp_path, calm)
