@@ -103,7 +103,8 @@ class Run:
         write_text_atomic(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg)))
         record |= {"status": "running", "finished_utc": None, "resumed": [*record.get("resumed", []), this]}
         record["dirty"] = record["dirty"] or this["dirty"]
-        record["identity"] = identity(cfg, record["inputs"])  # another length is another run
+        if cfg["trainer"]["steps"] != this["steps_before"]:
+            record["identity"] = lengthened(record["identity"], cfg["trainer"]["steps"])
         write_json_atomic(self.folder / "run.json", record)
 
     def truncate_history(self, *, after_step: int) -> None:
@@ -138,6 +139,12 @@ def identity(cfg: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
         return found
 
     return fingerprint(settings=kept(cfg, ""), inputs=inputs)
+
+
+def lengthened(known_as: str, steps: int) -> str:
+    """The identity of a run that went on to another length. It is a run of neither length: schedules and curricula were
+    laid out for the first."""
+    return fingerprint(run=known_as, steps=steps)
 
 
 def _shaping(cfg: Mapping[str, Any]) -> set[str]:

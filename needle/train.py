@@ -51,7 +51,7 @@ from needle.progress import Progress
 from needle.quantise import Quantisation
 from needle.rollouts import Rollouts, RolloutSettings, Scorer
 from needle.rollouts import check_legal as check_rollouts
-from needle.runs import Paths, Run, claim, identity, reopen
+from needle.runs import Paths, Run, claim, identity, lengthened, reopen
 from needle.schema import canonical_json, read_examples
 from needle.score import check_suites, score_run
 from needle.student import Architecture, load, save
@@ -217,10 +217,10 @@ def _alone(root: Path, identities: set[str]) -> Iterator[None]:
 def _identities(folder: Path, steps: int | None) -> set[str]:
     """Of the run as it stands, and as it will be with another length."""
     run = reopen(folder)
-    cfg, record = run.config, run.record
-    if steps is not None:
-        cfg["trainer"]["steps"] = steps
-    return {record["identity"], identity(cfg, record["inputs"])}
+    known_as = run.record["identity"]
+    if steps is None or steps == run.config["trainer"]["steps"]:
+        return {known_as}
+    return {known_as, lengthened(known_as, steps)}
 
 
 def _is_first_rank() -> bool:

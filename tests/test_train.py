@@ -200,6 +200,7 @@ def test_a_stopped_run_continues_to_another_length(workplace: Path):
     assert shorter.returncode == 0, shorter.stderr
     run = the_run(workplace)
     record = json.loads((run / "run.json").read_text())
+    known_as = record["identity"]
     (run / "run.json").write_text(json.dumps({**record, "status": "interrupted"}))
     for overrides, word in (
         ([f"resume={run}", "trainer.steps=5"], "fall already"),
@@ -223,8 +224,8 @@ def test_a_stopped_run_continues_to_another_length(workplace: Path):
     record = json.loads((run / "run.json").read_text())
     assert [resumed["steps_before"] for resumed in record["resumed"]] == [8]
     assert record["facts"]["steps"] == 12
-    # It is the run that it would have been.
-    assert record["identity"] == json.loads((uninterrupted / "run.json").read_text())["identity"]
+    # It is neither the shorter run nor the longer one: a schedule would have been laid out for another length.
+    assert len({known_as, record["identity"], json.loads((uninterrupted / "run.json").read_text())["identity"]}) == 3
 
 
 def test_two_processes_do_not_train_one_run(workplace: Path, uninterrupted: Path):
