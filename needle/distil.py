@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from needle.errors import DataError
 from needle.loss.base import IGNORE
 from needle.loss.objective import TOKENS, Measured, Objective
 from needle.optim import OptimSettings
@@ -226,6 +227,8 @@ class Distillation(pl.LightningModule):
         state = checkpoint["needle"]
         self.tokens_seen, self.seconds_before = state["tokens_seen"], state["seconds"]
         self.steps_done = checkpoint["global_step"]
+        if "rng" not in state:
+            raise DataError("the checkpoint was written by older code, which kept less of a run: start the run anew")
         _set_random_state(state["rng"][self.trainer.global_rank])
         if self.rollouts is not None:
             self.rollouts.load(state["rollouts"][self.trainer.global_rank])
