@@ -259,6 +259,14 @@ def write_cells_csv(path: Path, rows: Sequence[tuple[str, Mapping[str, Any], Pat
     artifacts.write_text_atomic(path, stream.getvalue())
 
 
+def arms_by_identity(path: Path) -> dict[str, str]:
+    """Of a cells.csv; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {row["identity"]: row["arm"] for row in csv.DictReader(stream)}
+
+
 def write_times(path: Path, rows: Sequence[tuple[str, Path]]) -> None:
     """How long the cells of each arm took, and on what: for whoever wants to know before running them again."""
     times: dict[str, list[float]] = {}

@@ -37,6 +37,7 @@ from needle.scores import (
     SCORE_VERSION,
     TrainingRun,
     answers_path,
+    by_suite,
     read_score,
     score_name,
     score_path,
@@ -119,8 +120,7 @@ def score_run(folder: Path, *, suites: Sequence[str]) -> dict[str, float]:
     for suite in _suites(run, suites):
         name = score_name(suite.name, constrained=built["constrained"], limit=built["limit"])
         score = read_score(score_path(folder, checkpoint="final", name=name))
-        metrics = score["metrics"] if score else {}
-        found |= {f"{name}/{metric}": value for metric, value in metrics.items() if value is not None}
+        found |= by_suite(score) if score else {}
     return found
 
 

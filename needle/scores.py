@@ -8,7 +8,7 @@ replaces a full one.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -118,6 +118,11 @@ def read_score(path: Path) -> dict[str, Any] | None:
     if score.get("schema_version") != SCORE_VERSION:
         raise DataError(f"{path} has version {score.get('schema_version')}, not {SCORE_VERSION}; score the run again")
     return score
+
+
+def by_suite(score: Mapping[str, Any]) -> dict[str, float]:
+    """`SUITE/METRIC` -> value, of a score's totals."""
+    return {f"{score['suite']}/{metric}": value for metric, value in score["metrics"].items() if value is not None}
 
 
 def read_answers(score: Path) -> list[dict[str, Any]]:

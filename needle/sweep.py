@@ -139,15 +139,13 @@ def _check_publication(plan: Plan, overrides: Sequence[str]) -> None:
             f"publish=true: experiment {plan.experiment} has suites=[], so there is nothing to publish; name some in "
             "its file, such as suites: [validation]"
         )
-    path = plan.paths.experiments / plan.experiment / "cells.csv"
-    if overrides and path.is_file():
-        with path.open(encoding="utf-8", newline="") as stream:
-            published = {row["identity"] for row in csv.DictReader(stream)}
-        if published != {one.identity for one in plan.cells}:
-            raise ConfigError(
-                f"publish=true: overrides=[{', '.join(overrides)}] makes another experiment, and its table would "
-                f"replace {path.parent}; write it into a file of its own in conf/experiment, or drop publish"
-            )
+    folder = plan.paths.experiments / plan.experiment
+    published = set(cells.arms_by_identity(folder / "cells.csv"))
+    if overrides and published and published != {one.identity for one in plan.cells}:
+        raise ConfigError(
+            f"publish=true: overrides=[{', '.join(overrides)}] makes another experiment, and its table would replace "
+            f"{folder}; write it into a file of its own in conf/experiment, or drop publish"
+        )
 
 
 def planned(

@@ -1,6 +1,5 @@
 """Which runs belong to an experiment and how they stand: finished, running, stopped, failed, or not begun."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ def runs_of(experiment: str, runs: Sequence[TrainingRun], *, root: Path) -> list
     """
     found = [run for run in runs if experiment in names_of(run)]
     own = {run.record.get("identity") for run in found}
-    arms = _arms(Path(root) / "sweeps" / experiment / "cells.csv")
+    arms = cells.arms_by_identity(Path(root) / "sweeps" / experiment / "cells.csv")
     lent = {run.record["identity"]: run for run in runs if run.finished and run.record.get("identity") in arms}
     found += [
         replace(run, config={**run.config, "arm": arms[known_as]})
@@ -59,14 +58,6 @@ def runs_of(experiment: str, runs: Sequence[TrainingRun], *, root: Path) -> list
             f"exp={experiment}: no run belongs to it{told}; start it: python -m needle.sweep exp={experiment}"
         )
     return found
-
-
-def _arms(path: Path) -> dict[str, str]:
-    """Identity -> arm, of a sweep's cells.csv; empty before its first report."""
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as stream:
-        return {row["identity"]: row["arm"] for row in csv.DictReader(stream)}
 
 
 def names_of(run: TrainingRun) -> list[str]:

@@ -73,8 +73,10 @@ def _uploads(cfg: Mapping[str, Any]) -> bool:
 def shares_answers(cfg: Mapping[str, Any], run_folder: Path, score: Path) -> bool:
     """Whether the answers to a suite may: where texts may, and the suite is of the corpus. A file of requests that was
     scored besides is the user's own."""
-    if _uploads(cfg) or not shares_texts(cfg):
-        return _uploads(cfg)
+    if _uploads(cfg):
+        return True
+    if not shares_texts(cfg):
+        return False
     shards = Path(json.loads((run_folder / "run.json").read_text("utf-8"))["facts"]["shards"])
     asked = json.loads(score.read_text("utf-8"))["inputs"]["suite"]
     splits = [shards / f"{split}.jsonl" for split in EVALUATION_SPLITS]

@@ -20,6 +20,7 @@ from needle.budgets import budgets
 from needle.console import is_quiet
 from needle.errors import UserError
 from needle.runs import Run
+from needle.scores import by_suite
 from needle.tracking import lineage
 from needle.tracking.lineage import STAGES, Thing
 
@@ -206,10 +207,7 @@ class WandbTracking:
         tracked = self._start(where, run_id=None, name=run.folder.name, shown=shown, config={**own, **facts})
         values = budgets(run.record["facts"])
         for path in sorted((run.folder / "scores").glob("final_*.json")):
-            score = json.loads(path.read_text("utf-8"))
-            values |= {
-                f"{score['suite']}/{metric}": value for metric, value in score["metrics"].items() if value is not None
-            }
+            values |= by_suite(json.loads(path.read_text("utf-8")))
         with _finishing():
             tracked.summary.update(values)
 
